@@ -1,0 +1,3 @@
+from nt_deq import _compat
+
+_compat.install()
