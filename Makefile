@@ -1,0 +1,63 @@
+# Needs python3 >= 3.11 with pip and venv, and make. Everything else is installed into .venv, from
+# the lock; every target sets up what it needs.
+
+PYTHON ?= python3
+UV := .venv/bin/uv
+RUN := .venv/bin/python -m
+
+# Tested besides the locked JAX: the floor, where every direct dependency is at its lowest allowed
+# version, and versions in between, where neural-tangents needs other bridges than at either end.
+JAX_VERSIONS := 0.5.3 0.7.2 0.9.2
+
+.PHONY: demo test test-all test-versions lint bench clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.ready
+	$(RUN) experiments.compare --workdir=out/demo
+
+test: .venv/.ready
+	$(RUN) pytest -n 2 -m "not slow"
+
+test-all: .venv/.ready test-versions
+	$(RUN) pytest -n 2
+
+test-versions: $(JAX_VERSIONS:%=test-jax-%)
+
+test-jax-%: .venvs/jax-%/.ready
+	.venvs/jax-$*/bin/python -m pytest -m "smoke and not slow" -p no:cacheprovider
+
+lint: .venv/.types
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) pyright
+
+bench: .venv/.ready
+	@set -e; for file in benchmarks/[a-z]*.py; do \
+	  echo "== $$file"; $(RUN) benchmarks.$$(basename $$file .py); \
+	done
+
+clean:
+	rm -rf .venv .venvs out/demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.ready: pyproject.toml uv.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "nt-deq needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+	  || { echo "$(PYTHON) cannot make environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	$(RUN) pip install --quiet --disable-pip-version-check "uv>=0.7"
+	UV_PROJECT_ENVIRONMENT=.venv $(UV) sync --locked --inexact --all-extras
+	@touch $@
+
+# pyright brings a Node.js of 200 MB, which only `make lint` needs.
+.venv/.types: .venv/.ready
+	UV_PROJECT_ENVIRONMENT=.venv $(UV) sync --locked --inexact --all-extras --group types
+	@touch $@
+
+.venvs/jax-0.5.3/.ready: RESOLUTION := lowest-direct
+.venvs/jax-%/.ready: pyproject.toml | .venv/.ready
+	$(UV) venv --quiet --clear --python .venv/bin/python .venvs/jax-$*
+	$(UV) pip install --quiet --python .venvs/jax-$* --no-build --resolution $(or $(RESOLUTION),highest) \
+	  "jax==$*" "jaxlib==$*" -e ".[sklearn,test]"
+	@touch $@
