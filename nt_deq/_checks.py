@@ -1,0 +1,64 @@
+"""Checks of arguments: an error names the argument, its value, the bound and the remedy."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+
+def is_traced(*values) -> bool:
+    """Whether any value is abstract, so that it can be computed with but not looked at."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
+
+
+def standard_deviation(name: str, value) -> None:
+    """Raises unless `value` is a finite scalar of at least 0 (a traced one: a scalar)."""
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"{name} has shape {np.shape(value)}; it is one standard deviation: pass a scalar "
+            "(jax.vmap maps over several)."
+        )
+    if not is_traced(value) and not (np.isreal(value) and np.isfinite(value) and value >= 0):
+        raise ValueError(
+            f"{name}={value} has to be a finite standard deviation of at least 0 (not a variance)."
+        )
+
+
+def inputs(name: str, x) -> Array:
+    """Returns `x` as a floating array of shape `(n, d)`, or raises."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise TypeError(f"{name} is complex ({x.dtype}); pass real inputs.")
+        x = x.astype(jnp.float_)
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(
+            f"{name} has shape {x.shape}; pass inputs of shape (n, d) with n, d >= 1"
+            + (" (reshape images to vectors)." if x.ndim > 2 else ".")
+        )
+    if not is_traced(x):
+        bad = np.flatnonzero(~np.isfinite(np.asarray(x)).all(axis=1))
+        if bad.size:
+            raise ValueError(
+                f"{name} has NaN or infinite values in {bad.size} of its {x.shape[0]} rows (first: "
+                f"row {bad[0]}); drop or impute them."
+            )
+    return x
+
+
+def width(name: str, value) -> None:
+    """Raises unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}={value!r} has to be an integer of at least 1.")
+
+
+def features(name: str, x, expected: int) -> None:
+    """Raises unless the last axis of `x` has the size that the layer was made for."""
+    if np.ndim(x) < 1 or np.shape(x)[-1] != expected:
+        raise ValueError(
+            f"{name} has shape {np.shape(x)}; this layer was made for {expected} features on the "
+            "last axis."
+        )

@@ -1,0 +1,204 @@
+"""Activation functions with their exact Gaussian expectations.
+
+For `(u, u') ~ N(0, [[k1, c], [c, k2]])` the infinite-width kernels need the *dual* of an activation
+`φ` and that of its derivative (Daniely et al. 2016; Lee et al. 2019, appendix C),
+
+    V = E[φ(u) φ(u')],     V̇ = E[φ'(u) φ'(u')] = ∂V/∂c   (Price's theorem).
+
+The formulas here are closed forms, evaluated through `arctan2` of a shared square root instead of
+`arccos` or `arcsin`: near `u = u'` the rounding errors of their terms then cancel instead of adding
+up, and their derivatives are finite there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.scipy.special import erf
+
+Moments = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation function and what the infinite-width limit needs to know of it.
+
+    Attributes:
+      name: how it is called in messages, tables and `nt_deq.activations`.
+      fn: `φ`, an elementwise JAX function.
+      dual: `(k1, k2, c) -> (V, V̇)`, elementwise on arrays that broadcast; `k1`, `k2` are variances
+        and `c` is a covariance, clipped by the callee to `|c| <= √(k1 k2)`.
+      dual_diagonal: `k -> (E[φ(u)²], E[φ'(u)²])` for `u ~ N(0, k)`, elementwise.
+      lipschitz: the Lipschitz constant of `φ`.
+      homogeneous: whether `φ(t z) = t φ(z)` for every `t >= 0`.
+    """
+
+    name: str
+    fn: Callable[[Array], Array]
+    dual: Callable[[Array, Array, Array], Moments]
+    dual_diagonal: Callable[[Array], Moments]
+    lipschitz: float
+    homogeneous: bool = False
+
+
+def get_activation(activation: str | Activation) -> Activation:
+    """Returns the `Activation` that a name or an `Activation` stands for.
+
+    Raises:
+      ValueError: the name is not in `nt_deq.activations`.
+      TypeError: it is neither a name nor an `Activation`.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if not isinstance(activation, str):
+        raise TypeError(
+            f"activation={activation!r} is neither a name nor an nt_deq.Activation: its "
+            "expectations are not known; wrap it in nt_deq.Activation(name, fn, dual, "
+            "dual_diagonal, lipschitz)."
+        )
+    if activation not in activations:
+        raise ValueError(
+            f"activation={activation!r} is unknown; use one of {', '.join(activations)}, or an "
+            "nt_deq.Activation of your own."
+        )
+    return activations[activation]
+
+
+def _clip(x: Array, lower: float | None, upper: float | None) -> Array:
+    """Clips a value that leaves its range by rounding alone; the derivative stays that of `x`."""
+    return x + lax.stop_gradient(jnp.clip(x, lower, upper) - x)
+
+
+def _sqrt(x: Array) -> Array:
+    """√x with derivative 0 at 0, where the true one is infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def _determinant(k1: Array, k2: Array, c: Array) -> Array:
+    return _clip(k1 * k2 - c * c, 0, None)
+
+
+def _sine(rho: Array) -> Array:
+    """√(1-ρ²), and 0 where a Gram matrix of this dtype does not tell ρ from ±1."""
+    square = (1 - rho) * (1 + rho)
+    return _sqrt(jnp.where(square > 16 * jnp.finfo(rho.dtype).eps, square, 0))
+
+
+@jax.custom_jvp
+def _arc_cosine(rho: Array) -> Moments:
+    """The arc-cosine kernels `κ0, κ1` of degree 0 and 1 (Cho & Saul 2009)."""
+    sine = _sine(rho)
+    angle = jnp.arctan2(sine, -rho) / jnp.pi  # (π - arccos ρ)/π
+    return angle, sine / jnp.pi + angle * rho
+
+
+@_arc_cosine.defjvp
+def _arc_cosine_jvp(primals, tangents):
+    (rho,), (d_rho,) = primals, tangents
+    k0, k1 = _arc_cosine(rho)
+    # κ1' = κ0 and κ0' = 1/(π√(1-ρ²)), infinite at ρ = ±1: there it is a kink, and 0 a subgradient.
+    sine = _sine(rho)
+    slope = jnp.where(sine > 0, 1 / (jnp.pi * jnp.where(sine > 0, sine, 1)), 0)
+    return (k0, k1), (slope * d_rho, k0 * d_rho)
+
+
+def piecewise_linear(name: str, negative: float, positive: float) -> Activation:
+    """`φ(z) = positive · max(z, 0) + negative · min(z, 0)`; ReLU is (0, 1), Abs (-1, 1)."""
+    bend, product = (positive - negative) ** 2 / 2, positive * negative
+    mean_square = (positive**2 + negative**2) / 2
+
+    def fn(z):
+        return positive * jnp.maximum(z, 0) + negative * jnp.minimum(z, 0)
+
+    def dual(k1, k2, c):
+        scale = _sqrt(k1) * _sqrt(k2)
+        nonzero = scale > 0
+        rho = _clip(jnp.where(nonzero, c / jnp.where(nonzero, scale, 1), 0), -1, 1)
+        k0, k1_ = _arc_cosine(rho)
+        return scale * (bend * k1_ + product * rho), bend * k0 + product
+
+    def dual_diagonal(k):
+        return mean_square * k, jnp.full_like(k, mean_square)
+
+    lipschitz = max(abs(negative), abs(positive))
+    return Activation(name, fn, dual, dual_diagonal, lipschitz, homogeneous=True)
+
+
+def _erf_dual(k1, k2, c):
+    root = jnp.sqrt(1 + 2 * (k1 + k2) + 4 * _determinant(k1, k2, c))
+    return 2 / jnp.pi * jnp.arctan2(2 * c, root), 4 / jnp.pi / root
+
+
+def _erf_dual_diagonal(k):
+    root = jnp.sqrt(1 + 4 * k)
+    return 2 / jnp.pi * jnp.arctan2(2 * k, root), 4 / jnp.pi / root
+
+
+def _gelu(z):
+    return z * (1 + erf(z / jnp.sqrt(2).astype(z.dtype))) / 2
+
+
+def _gelu_moments(k1, k2, c, det):
+    # By Stein's lemma from E[Φ(u)Φ(u')] = 1/4 + arcsin(c/√p)/2π, with p = (1+k1)(1+k2) and
+    # root² = p - c² (Tsuchida et al. 2021, "Avoiding kernel fixed points"); V̇ is ∂V/∂c.
+    p = (1 + k1) * (1 + k2)
+    root = jnp.sqrt(1 + k1 + k2 + det)
+    angle = jnp.arctan2(c, root)
+    v = c / 4 + (c * angle + k1 * k2 / p * root + c * (c / (p * root))) / (2 * jnp.pi)
+    dv = 0.25 + (angle + c / root * ((3 + k1 + k2 + (c / root) ** 2) / p)) / (2 * jnp.pi)
+    return v, dv
+
+
+def _gelu_dual(k1, k2, c):
+    return _gelu_moments(k1, k2, c, _determinant(k1, k2, c))
+
+
+def _gelu_dual_diagonal(k):
+    return _gelu_moments(k, k, k, jnp.zeros_like(k))
+
+
+def _damped_hyperbolic(k1, k2, c):
+    """`exp(-(k1+k2)/2) · (sinh c, cosh c)` without overflow, and exact for small `c`."""
+    mean = (k1 + k2) / 2
+    up, down = jnp.exp(c - mean) / 2, jnp.exp(-c - mean) / 2
+    small = jnp.exp(-mean) * jnp.sinh(jnp.clip(c, -1, 1))
+    return jnp.where(jnp.abs(c) < 1, small, up - down), up + down
+
+
+def _cos_dual(k1, k2, c):
+    sinh, cosh = _damped_hyperbolic(k1, k2, c)
+    return cosh, sinh
+
+
+def _sin_dual_diagonal(k):
+    return -jnp.expm1(-2 * k) / 2, (1 + jnp.exp(-2 * k)) / 2
+
+
+def _cos_dual_diagonal(k):
+    moment, slope_moment = _sin_dual_diagonal(k)
+    return slope_moment, moment
+
+
+activations: Mapping[str, Activation] = MappingProxyType(
+    {
+        activation.name: activation
+        for activation in (
+            piecewise_linear("relu", 0.0, 1.0),
+            piecewise_linear("leaky_relu", 0.01, 1.0),
+            piecewise_linear("abs", -1.0, 1.0),
+            piecewise_linear("identity", 1.0, 1.0),
+            Activation("erf", erf, _erf_dual, _erf_dual_diagonal, lipschitz=1.1283791670955126),
+            Activation(
+                "gelu", _gelu, _gelu_dual, _gelu_dual_diagonal, lipschitz=1.1289041451851549
+            ),
+            Activation("sin", jnp.sin, _damped_hyperbolic, _sin_dual_diagonal, lipschitz=1.0),
+            Activation("cos", jnp.cos, _cos_dual, _cos_dual_diagonal, lipschitz=1.0),
+        )
+    }
+)

@@ -1,0 +1,121 @@
+"""`neural_tangents.stax` with networks of infinite depth.
+
+Everything that `neural_tangents.stax` exports is here too, so that one import changes:
+`from nt_deq import stax`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, random
+from neural_tangents import stax as _nt_stax
+from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
+
+from nt_deq import _checks
+from nt_deq.activations import Activation, get_activation
+from nt_deq.equilibrium import equilibrium
+from nt_deq.kernel import get_solver, raise_unless_converged, solve_equilibrium
+from nt_deq.solvers import Solver
+
+__all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + ["DEQ"]
+
+
+@_nt_stax.layer
+def DEQ(
+    width: int,
+    W_std: float | Array,
+    U_std: float | Array = 1.0,
+    b_std: float | Array | None = None,
+    activation: str | Activation = "relu",
+    solver: Solver | None = None,
+    parameterization: str = "ntk",
+):
+    """A deep equilibrium layer, a fully-connected network of infinite depth with tied weights.
+
+    `h* = φ(z*)` with `z* = W_std/√width · φ(z*) W + U_std/√d · x U + b_std · b`. Its kernel is the
+    fixed point of the layer's kernel (`nt_deq.kernel`); a readout `stax.Dense(out)` makes it a
+    network. Inputs have shape `(batch, d)`.
+
+    Args:
+      width: size of the state `z` of the finite network.
+      W_std: standard deviation of the recurrent weights; the equilibrium exists where
+        `W_std² E[φ'(z*)²] < 1` (relu: `W_std² < 2`).
+      U_std: standard deviation of the input weights.
+      b_std: standard deviation of the bias; `None` for none.
+      activation: `φ`: a name from `nt_deq.activations`, or an `nt_deq.Activation`.
+      solver: of the kernel: `nt_deq.Newton()`, which `None` stands for, or `nt_deq.Picard()`.
+      parameterization: `'ntk'` or `'standard'`, as of `stax.Dense`.
+
+    Returns:
+      `(init_fn, apply_fn, kernel_fn)`. The parameters are `(hidden, inject)`, those of the two
+      `stax.Dense` layers that `z*` is made of.
+
+    Raises:
+      NoEquilibriumError: by `kernel_fn`, where some input has no stable equilibrium; under a
+        transformation its row and column are NaN instead.
+      NotConvergedError: by `kernel_fn` and `apply_fn`, where the solver gave up (likewise).
+      ValueError, TypeError: an argument cannot be right; the message says why.
+    """
+    _checks.width("width", width)
+    for name, std in (
+        ("W_std", W_std),
+        ("U_std", U_std),
+        ("b_std", 0.0 if b_std is None else b_std),
+    ):
+        _checks.standard_deviation(name, std)
+    phi = get_activation(activation)
+    method = get_solver(solver)
+    # neural-tangents types a kernel as any tree of kernels.
+    dense: Any = partial(_nt_stax.Dense, width, parameterization=parameterization)
+    hidden_init, hidden_apply, hidden_kernel = dense(W_std)
+    inject_init, inject_apply, inject_kernel = dense(U_std, b_std)
+
+    def layer(z, args):
+        hidden, u = args
+        return hidden_apply(hidden, phi.fn(z)) + u
+
+    def init_fn(rng, input_shape, **kwargs):
+        del kwargs
+        rng_hidden, rng_inject = random.split(rng)
+        output_shape, inject = inject_init(rng_inject, input_shape)
+        return output_shape, (hidden_init(rng_hidden, output_shape)[1], inject)
+
+    def apply_fn(params: Any, inputs: Any, **kwargs: Any) -> Any:
+        del kwargs  # no layer inside is random
+        _check_vectors(inputs.shape)
+        hidden, inject = params
+        u = inject_apply(inject, inputs)
+        return phi.fn(equilibrium(layer, jnp.zeros_like(u), (hidden, u)))
+
+    @_nt_stax.requires(batch_axis=0, channel_axis=-1, diagonal_batch=True)
+    def kernel_fn(k: Any, **kwargs: Any) -> Any:
+        _check_vectors(k.shape1)
+        u = inject_kernel(k, **kwargs)
+        W_var = jnp.square(jnp.asarray(W_std, u.nngp.dtype))
+        solution = solve_equilibrium(phi, method, W_var, u.cov1, u.cov2, u.nngp)
+        raise_unless_converged(phi, method, W_std, solution)
+        out = u.replace(
+            cov1=solution.marginals1.second_moment,
+            cov2=None if u.cov2 is None else solution.marginals2.second_moment,
+            nngp=solution.dual,
+            is_gaussian=False,
+        )
+        if u.ntk is None:
+            return out
+        # What the weights of one layer add to the NTK; the rest comes back through z*.
+        added = hidden_kernel(out.replace(ntk=jnp.zeros_like(u.ntk)), **kwargs).ntk + u.ntk
+        ntk = added / (1 - W_var * solution.dual_slope)
+        return out.replace(ntk=solution.dual_slope * ntk)
+
+    return init_fn, apply_fn, kernel_fn
+
+
+def _check_vectors(shape: tuple[int, ...]) -> None:
+    if len(shape) != 2:
+        raise ValueError(
+            f"stax.DEQ got inputs of shape {tuple(shape)}; it takes vectors, (batch, features): "
+            "put stax.Flatten() before it."
+        )
