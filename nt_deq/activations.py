@@ -148,10 +148,10 @@ def _gelu_moments(k1, k2, c, det):
     # By Stein's lemma from E[Φ(u)Φ(u')] = 1/4 + arcsin(c/√p)/2π, with p = (1+k1)(1+k2) and
     # root² = p - c² (Tsuchida et al. 2021, "Avoiding kernel fixed points"); V̇ is ∂V/∂c.
     p = (1 + k1) * (1 + k2)
-    root = jnp.sqrt(1 + k1 + k2 + det)
+    root = jnp.sqrt(1 + (k1 + k2) + det)
     angle = jnp.arctan2(c, root)
     v = c / 4 + (c * angle + k1 * k2 / p * root + c * (c / (p * root))) / (2 * jnp.pi)
-    dv = 0.25 + (angle + c / root * ((3 + k1 + k2 + (c / root) ** 2) / p)) / (2 * jnp.pi)
+    dv = 0.25 + (angle + c / root * ((3 + (k1 + k2) + (c / root) ** 2) / p)) / (2 * jnp.pi)
     return v, dv
 
 
@@ -165,9 +165,9 @@ def _gelu_dual_diagonal(k):
 
 def _damped_hyperbolic(k1, k2, c):
     """`exp(-(k1+k2)/2) · (sinh c, cosh c)` without overflow, and exact for small `c`."""
-    mean = (k1 + k2) / 2
-    up, down = jnp.exp(c - mean) / 2, jnp.exp(-c - mean) / 2
-    small = jnp.exp(-mean) * jnp.sinh(jnp.clip(c, -1, 1))
+    # (k1 - c) + (k2 - c), not k1 + k2 - 2c: a difference of near numbers is exact.
+    up, down = jnp.exp(-((k1 - c) + (k2 - c)) / 2) / 2, jnp.exp(-((k1 + c) + (k2 + c)) / 2) / 2
+    small = jnp.exp(-(k1 + k2) / 2) * jnp.sinh(jnp.clip(c, -1, 1))
     return jnp.where(jnp.abs(c) < 1, small, up - down), up + down
 
 

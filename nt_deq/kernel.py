@@ -105,7 +105,8 @@ def deq_kernel(
             raise ValueError(
                 f"x1 has {x1.shape[1]} features and x2 has {x2.shape[1]}: both need the same."
             )
-        x1, x2 = jax.tree.map(partial(jnp.asarray, dtype=jnp.promote_types(x1, x2)), (x1, x2))
+        dtype = jnp.promote_types(x1.dtype, x2.dtype)
+        x1, x2 = x1.astype(dtype), x2.astype(dtype)
     s1, s2, s12 = _input_covariance(x1, x2, U_std, b_std)
     W_var = jnp.square(jnp.asarray(W_std, s12.dtype))
     equilibrium = solve_equilibrium(activation, solver, W_var, s1, s2, s12)
@@ -221,7 +222,7 @@ def _solve_marginals(activation, solver, W_var, s) -> Marginals:
     root = solve(solver, marginal, (W_var, s), s, s, jnp.full_like(s, jnp.inf))
     moment, slope = activation.dual_diagonal(root.value)
     rate = W_var * slope
-    exists = root.converged & (rate < 1)
+    exists = root.converged & (rate < 1 - rounding(s.dtype))
     return Marginals(jnp.where(exists, root.value, jnp.nan), moment, rate, root)
 
 
@@ -254,7 +255,7 @@ def raise_unless_converged(
         row = missing[0]
         rate, k = float(marginals.rate[row]), float(marginals.root.value[row])
         where = f"{missing.size} of the {side} inputs (first: row {row})"
-        if rate < 1 and np.isfinite(k):
+        if rate < 1 - rounding(marginals.rate.dtype) and np.isfinite(k):
             raise NotConvergedError(
                 f"the variance of {where} has not converged after {solver.max_steps} steps of "
                 f"{type(solver).__name__} (W_std² E[φ'(z*)²] = {rate:.6g}); allow more max_steps, "

@@ -1,0 +1,182 @@
+"""The Gaussian expectations of the activations, against quadrature and finite differences."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate
+
+from nt_deq import Activation, activations
+from nt_deq.activations import get_activation
+
+SMOOTH = [name for name, a in activations.items() if not a.homogeneous]
+HOMOGENEOUS = [name for name, a in activations.items() if a.homogeneous]
+PAIRS = [(1.0, 2.0, 0.3), (0.5, 0.7, -0.8), (3.0, 1.5, 0.97), (4.0, 4.0, 0.0)]
+
+
+def by_hermite(fn, k1, k2, rho):
+    """E[fn(u) fn(u')] for a smooth `fn`, by Gauss-Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(160)
+    a, b = np.meshgrid(nodes, nodes, indexing="ij")
+    u = np.sqrt(k1) * a
+    v = np.sqrt(k2) * (rho * a + np.sqrt(1 - rho**2) * b)
+    weight = np.outer(weights, weights) / (2 * np.pi)
+    return np.sum(weight * np.asarray(fn(u)) * np.asarray(fn(v)))
+
+
+def by_angle(fn, rho, power):
+    """E[fn(u) fn(u')] for unit variances and `fn` homogeneous of degree `power / 2`.
+
+    In polar coordinates; the integrand is smooth between the four angles where u or u' is 0.
+    """
+    angle = np.arccos(rho)
+    kinks = np.sort(np.mod(np.pi / 2 + np.array([0, np.pi, angle, angle + np.pi]), 2 * np.pi))
+
+    def integrand(t):
+        return float(fn(np.cos(t))) * float(fn(np.cos(t - angle)))
+
+    ends = [0, *kinks, 2 * np.pi]
+    total = sum(
+        integrate.quad(integrand, a, b, epsabs=1e-13)[0] for a, b in itertools.pairwise(ends)
+    )
+    return total / (2 * np.pi) * (2 if power == 2 else 1)  # E[r²] = 2
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_duals_are_the_gaussian_expectations(x64, name, pair):
+    k1, k2, rho = pair
+    activation = activations[name]
+    derivative = jax.vmap(jax.vmap(jax.grad(activation.fn)))
+    dual, dual_slope = activation.dual(*jnp.asarray([k1, k2, rho * np.sqrt(k1 * k2)]))
+    # 160 nodes integrate these to rounding; the terms are of order 1.
+    np.testing.assert_allclose(dual, by_hermite(activation.fn, k1, k2, rho), atol=1e-13)
+    np.testing.assert_allclose(dual_slope, by_hermite(derivative, k1, k2, rho), atol=1e-13)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name", HOMOGENEOUS)
+def test_homogeneous_duals_are_the_gaussian_expectations(x64, name, pair):
+    k1, k2, rho = pair
+    slopes = {"relu": (0, 1), "leaky_relu": (0.01, 1), "abs": (-1, 1), "identity": (1, 1)}[name]
+    dual, dual_slope = activations[name].dual(*jnp.asarray([k1, k2, rho * np.sqrt(k1 * k2)]))
+
+    def fn(z):
+        return slopes[int(z > 0)] * z
+
+    def derivative(z):
+        return slopes[int(z > 0)]
+
+    np.testing.assert_allclose(dual, np.sqrt(k1 * k2) * by_angle(fn, rho, 2), atol=1e-12)
+    np.testing.assert_allclose(dual_slope, by_angle(derivative, rho, 0), atol=1e-12)
+    z = jnp.linspace(-2, 2, 9)
+    np.testing.assert_array_equal(activations[name].fn(z), [fn(float(t)) for t in z])
+
+
+@pytest.mark.parametrize("name", activations)
+def test_the_derivatives_of_the_dual(x64, name):
+    dual = activations[name].dual
+    at = jnp.asarray([1.3, 0.8, 0.4])
+    step = 1e-6
+    finite = [
+        (dual(*(at + step * e))[i] - dual(*(at - step * e))[i]) / (2 * step)
+        for i in (0, 1)
+        for e in jnp.eye(3)
+    ]
+    exact = [
+        jax.grad(lambda *a, i=i: dual(*a)[i], argnums=n)(*at) for i in (0, 1) for n in range(3)
+    ]
+    np.testing.assert_allclose(exact, finite, atol=1e-8)  # step² and rounding / step
+    np.testing.assert_allclose(exact[2], dual(*at)[1], rtol=1e-14)  # Price's theorem
+
+
+@pytest.mark.parametrize("name", activations)
+def test_the_diagonal_is_the_dual_at_equal_arguments(dtype, name):
+    k = jnp.asarray([1e-6, 0.3, 1.0, 40.0, 1e5], dtype)
+    moments = activations[name].dual_diagonal(k)
+    for ours, dual in zip(moments, activations[name].dual(k, k, k), strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours, dual, rtol=20 * jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", activations)
+def test_float32_keeps_its_digits(name):
+    rng = np.random.default_rng(0)
+    k1, k2 = 10.0 ** rng.uniform(-3, 3, (2, 2000)).astype(np.float32)
+    rho = np.concatenate([rng.uniform(-1, 1, 1000), 1 - 10.0 ** rng.uniform(-6, 0, 1000)])
+    c = (rho * np.sqrt(k1 * k2.astype(float))).astype(np.float32)
+    single = np.asarray(activations[name].dual(*map(jnp.asarray, (k1, k2, c))))
+    jax.config.update("jax_enable_x64", True)
+    k1, k2, c = (jnp.asarray(a, "float64") for a in (k1, k2, c))
+    double = np.asarray(activations[name].dual(k1, k2, c))
+    diagonals = [np.asarray(activations[name].dual_diagonal(k)) for k in (k1, k2)]
+    jax.config.update("jax_enable_x64", False)
+    size = np.sqrt(diagonals[0] * diagonals[1])
+    eps = np.finfo(np.float32).eps
+    assert np.max(np.abs(single[0] - double[0]) / size[0]) < 8 * eps
+    # V̇ has an infinite slope at ρ = 1 if φ has a kink: an error ε of c is one of √ε there.
+    slope_error = np.abs(single[1] - double[1]) / np.maximum(size[1], 1e-30)
+    assert np.max(slope_error) < (4 * np.sqrt(eps) if name in HOMOGENEOUS else 2e-4)
+
+
+@pytest.mark.parametrize("name", activations)
+def test_values_and_derivatives_are_finite_at_the_corners(dtype, name):
+    dual = activations[name].dual
+    corners = [
+        (1, 1, 1),
+        (1, 1, -1),
+        (2, 2, 2),
+        (0, 1, 0),
+        (0, 0, 0),
+        (1e-12, 1e12, 1),
+        (1e12,) * 3,
+    ]
+    for corner in corners:
+        at = tuple(jnp.asarray(v, dtype) for v in corner)
+        for i in (0, 1):
+            assert np.isfinite(dual(*at)[i]), corner
+            gradient = jax.grad(lambda *a, i=i: dual(*a)[i], argnums=(0, 1, 2))(*at)
+            assert np.isfinite(gradient).all(), (corner, gradient)
+
+
+@pytest.mark.parametrize("name", activations)
+def test_the_lipschitz_constant_is_the_largest_slope(x64, name):
+    z = jnp.linspace(-8, 8, 1_600_001)
+    slope = jnp.max(jnp.abs(jax.vmap(jax.grad(activations[name].fn))(z)))
+    np.testing.assert_allclose(slope, activations[name].lipschitz, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", activations)
+def test_homogeneity_is_what_it_says(x64, name):
+    z = jnp.linspace(-3, 3, 13)
+    scaled = activations[name].fn(2.5 * z)
+    assert np.allclose(scaled, 2.5 * activations[name].fn(z)) == activations[name].homogeneous
+
+
+def test_names_resolve_and_others_are_refused():
+    assert get_activation("relu") is activations["relu"]
+    assert get_activation(activations["erf"]) is activations["erf"]
+    with pytest.raises(
+        ValueError, match=r"activation='rleu' is unknown; use one of relu, leaky_relu"
+    ):
+        get_activation("rleu")
+    with pytest.raises(TypeError, match=r"is neither a name nor an nt_deq\.Activation"):
+        get_activation(jnp.tanh)
+
+
+def test_an_activation_of_ones_own_is_used():
+    double_relu = Activation(
+        "double_relu",
+        lambda z: 2 * jnp.maximum(z, 0),
+        lambda *a: tuple(4 * m for m in activations["relu"].dual(*a)),
+        lambda k: tuple(4 * m for m in activations["relu"].dual_diagonal(k)),
+        lipschitz=2.0,
+        homogeneous=True,
+    )
+    from nt_deq import deq_kernel
+
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+    ours = deq_kernel(x, W_std=0.3, activation=double_relu)
+    np.testing.assert_allclose(ours.nngp, deq_kernel(x, W_std=0.6).nngp, rtol=1e-5)
