@@ -76,8 +76,8 @@ def _clip(x: Array, lower: float | None, upper: float | None) -> Array:
 
 def _sqrt(x: Array) -> Array:
     """√x with derivative 0 at 0, where the true one is infinite."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+    zero = x <= 0  # written so that NaN stays NaN
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
 def _determinant(k1: Array, k2: Array, c: Array) -> Array:
@@ -87,7 +87,7 @@ def _determinant(k1: Array, k2: Array, c: Array) -> Array:
 def _sine(rho: Array) -> Array:
     """√(1-ρ²), and 0 where a Gram matrix of this dtype does not tell ρ from ±1."""
     square = (1 - rho) * (1 + rho)
-    return _sqrt(jnp.where(square > 16 * jnp.finfo(rho.dtype).eps, square, 0))
+    return _sqrt(jnp.where(square <= 16 * jnp.finfo(rho.dtype).eps, 0, square))
 
 
 @jax.custom_jvp
@@ -104,7 +104,7 @@ def _arc_cosine_jvp(primals, tangents):
     k0, k1 = _arc_cosine(rho)
     # κ1' = κ0 and κ0' = 1/(π√(1-ρ²)), infinite at ρ = ±1: there it is a kink, and 0 a subgradient.
     sine = _sine(rho)
-    slope = jnp.where(sine > 0, 1 / (jnp.pi * jnp.where(sine > 0, sine, 1)), 0)
+    slope = jnp.where(sine == 0, 0, 1 / (jnp.pi * jnp.where(sine == 0, 1, sine)))
     return (k0, k1), (slope * d_rho, k0 * d_rho)
 
 
@@ -118,8 +118,8 @@ def piecewise_linear(name: str, negative: float, positive: float) -> Activation:
 
     def dual(k1, k2, c):
         scale = _sqrt(k1) * _sqrt(k2)
-        nonzero = scale > 0
-        rho = _clip(jnp.where(nonzero, c / jnp.where(nonzero, scale, 1), 0), -1, 1)
+        zero = scale == 0
+        rho = _clip(jnp.where(zero, 0, c / jnp.where(zero, 1, scale)), -1, 1)
         k0, k1_ = _arc_cosine(rho)
         return scale * (bend * k1_ + product * rho), bend * k0 + product
 

@@ -62,6 +62,7 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Applies the layer to `x`, `(..., in_features)`."""
+        _checks.features("x", x, self.W.shape[0])
         y = jnp.matmul(x, self.weight(), precision="highest")
         return y if self.b_std is None else y + self.b_std * self.b[...]
 
@@ -101,6 +102,8 @@ class DEQ(nnx.Module):
         solver: optimistix.AbstractFixedPointSolver | optimistix.AbstractRootFinder | None = None,
         rngs: nnx.Rngs,
     ):
+        _checks.width("width", width)
+        _checks.standard_deviation("U_std", U_std)
         self.activation = get_activation(activation)
         self.solver = solver
         self.hidden = Dense(width, width, W_std=W_std, rngs=rngs)
@@ -116,7 +119,6 @@ class DEQ(nnx.Module):
 
     def equilibrium(self, x: Array, z0: Array | None = None) -> Array:
         """Returns `z*`, `(batch, width)`, the iteration started at `z0` (default: zeros)."""
-        _checks.features("x", x, self.inject.W.shape[0])
         u = self.inject(x)
         z0 = jnp.zeros_like(u) if z0 is None else z0
         layer = _Layer(self.activation)

@@ -220,10 +220,10 @@ def _solve_marginals(activation, solver, W_var, s) -> Marginals:
     # From S upwards: of several fixed points, the one that a network started at 0 finds.
     marginal = partial(_marginal_map, activation)
     root = solve(solver, marginal, (W_var, s), s, s, jnp.full_like(s, jnp.inf))
-    moment, slope = activation.dual_diagonal(root.value)
-    rate = W_var * slope
+    rate = W_var * activation.dual_diagonal(root.value)[1]
     exists = root.converged & (rate < 1 - rounding(s.dtype))
-    return Marginals(jnp.where(exists, root.value, jnp.nan), moment, rate, root)
+    variance = jnp.where(exists, root.value, jnp.nan)
+    return Marginals(variance, activation.dual_diagonal(variance)[0], rate, root)
 
 
 @jax.jit

@@ -79,6 +79,7 @@ def DEQ(
 
     def init_fn(rng, input_shape, **kwargs):
         del kwargs
+        _check_vectors(input_shape)
         rng_hidden, rng_inject = random.split(rng)
         output_shape, inject = inject_init(rng_inject, input_shape)
         return output_shape, (hidden_init(rng_hidden, output_shape)[1], inject)
@@ -90,7 +91,7 @@ def DEQ(
         u = inject_apply(inject, inputs)
         return phi.fn(equilibrium(layer, jnp.zeros_like(u), (hidden, u)))
 
-    @_nt_stax.requires(batch_axis=0, channel_axis=-1, diagonal_batch=True)
+    @_nt_stax.requires(batch_axis=0, channel_axis=-1, diagonal_spatial=_nt_stax.Diagonal())
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
         _check_vectors(k.shape1)
         u = inject_kernel(k, **kwargs)

@@ -142,6 +142,17 @@ def test_values_and_derivatives_are_finite_at_the_corners(dtype, name):
 
 
 @pytest.mark.parametrize("name", activations)
+def test_nan_stays_nan(name):
+    for i in range(3):
+        at = [jnp.float32(1.0), jnp.float32(2.0), jnp.float32(0.5)]
+        at[i] = jnp.float32(jnp.nan)
+        dual, dual_slope = activations[name].dual(*at)
+        assert np.isnan(dual), at
+        assert np.isnan(dual_slope) or name == "identity", at
+    assert np.isnan(activations[name].dual_diagonal(jnp.float32(jnp.nan))[0])
+
+
+@pytest.mark.parametrize("name", activations)
 def test_the_lipschitz_constant_is_the_largest_slope(x64, name):
     z = jnp.linspace(-8, 8, 1_600_001)
     slope = jnp.max(jnp.abs(jax.vmap(jax.grad(activations[name].fn))(z)))
