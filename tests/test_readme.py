@@ -1,0 +1,40 @@
+"""Every block of Python in the README runs, in order, in one namespace; commands exist."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+def test_python_blocks_run():
+    namespace = {}
+    python = [code for language, code in BLOCKS if language == "python"]
+    assert len(python) >= 4
+    for code in python:
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["covariance"].shape == (20, 20)
+    assert np.isfinite(namespace["gradient"])
+    assert namespace["empirical"].shape == (20, 20)
+    assert np.isfinite(namespace["loss"])
+
+
+def test_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = [
+        line for language, code in BLOCKS if language == "bash" for line in code.split("\n")
+    ]
+    targets = [line.split()[1] for line in commands if line.startswith("make ")]
+    assert targets == ["demo", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_linked_files_exist():
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert "docs/compare.png" in links
+    for link in links:
+        assert (ROOT / link).exists(), link
