@@ -1,0 +1,217 @@
+"""How far finite networks are from their infinite-width limit, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments import infinite
+from experiments.data import Dataset
+from experiments.report import PowerLaw, fit_power_law
+from experiments.workdir import Arrays
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One infinite-width prediction: a Gaussian for every output.
+
+    Attributes:
+      name: which.
+      mean: `(m, C)`, of the test outputs.
+      std: `(m, 1)`, the same for every output.
+      train_mse, test_mse: expected mean squared error of one network drawn from it.
+      test_accuracy: of the mean.
+      equilibrium_steps: of the kernel's solver.
+      seconds: to compute it.
+    """
+
+    name: str
+    mean: np.ndarray
+    std: np.ndarray
+    train_mse: float
+    test_mse: float
+    test_accuracy: float
+    equilibrium_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Trained networks of one width; `steps` are those recorded.
+
+    Attributes:
+      width: how wide.
+      mean, std: `(m, C)`, of the test outputs over the networks, after training.
+      train_mse, test_mse: `(steps, seeds)`, of every network.
+      test_accuracy: of the mean of the networks.
+      test_accuracies: `(seeds,)`, of every network.
+      distances: `(steps, seeds)`, of every network from what gradient descent with the NTK makes of
+        the same network's start: RMS over test images and outputs.
+      mean_distance: RMS distance of the networks' mean from the limit's mean.
+      equilibrium_steps: layers until the slowest image's equilibrium, over all networks.
+      seconds: to train them.
+    """
+
+    width: int
+    mean: np.ndarray
+    std: np.ndarray
+    train_mse: np.ndarray
+    test_mse: np.ndarray
+    test_accuracy: float
+    test_accuracies: np.ndarray
+    distances: np.ndarray
+    mean_distance: float
+    equilibrium_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that is reported.
+
+    Attributes:
+      steps: recorded, the first 0.
+      learning_rate, max_learning_rate: of gradient descent, and with which it still converges.
+      nngp, ntk, ntk_inf: the posterior; gradient descent after the last step; after infinitely
+        many.
+      limit_train_mse, limit_test_mse: `(steps,)`, expected of one infinitely wide network.
+      ensembles: by increasing width.
+      fits: of distance against width, after every recorded step but 0.
+    """
+
+    steps: Sequence[int]
+    learning_rate: float
+    max_learning_rate: float
+    nngp: Limit
+    ntk: Limit
+    ntk_inf: Limit
+    limit_train_mse: np.ndarray
+    limit_test_mse: np.ndarray
+    ensembles: Sequence[Ensemble]
+    fits: Sequence[PowerLaw]
+
+    @property
+    def times(self) -> np.ndarray:
+        """Training time at the recorded steps."""
+        return self.learning_rate * np.asarray(self.steps)
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything but the predictions themselves, for JSON."""
+        limits = {"nngp": self.nngp, "ntk": self.ntk, "ntk_inf": self.ntk_inf}
+        return {
+            "steps": list(self.steps),
+            "times": self.times.tolist(),
+            "learning_rate": self.learning_rate,
+            "max_learning_rate": self.max_learning_rate,
+            "infinite": {key: _numbers(limit) for key, limit in limits.items()}
+            | {
+                "train_mse": self.limit_train_mse.tolist(),
+                "test_mse": self.limit_test_mse.tolist(),
+            },
+            "finite": [_numbers(ensemble) for ensemble in self.ensembles],
+            "slope": vars(self.fits[-1]),
+            "slope_at_steps": [
+                {"steps": step, **vars(fit)}
+                for step, fit in zip(self.steps[1:], self.fits, strict=True)
+            ],
+        }
+
+
+def _numbers(result: Limit | Ensemble) -> dict[str, Any]:
+    numbers = {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in vars(result).items()
+        if name not in ("mean", "std")
+    }
+    return numbers | {"test_std": rms(result.std)}
+
+
+def rms(x: np.ndarray) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def analyse(
+    data: Dataset, steps: Sequence[int], limit: Arrays, networks: Mapping[int, Arrays]
+) -> Comparison:
+    """Compares.
+
+    Args:
+      data: what was learned.
+      steps: at which steps predictions were recorded.
+      limit: what `infinite.predict` returned.
+      networks: what `finite.train` returned, by width.
+    """
+    n = len(data.y_train)
+    targets = np.concatenate([data.targets_train, data.targets_test])
+
+    def losses(mean, var):  # of networks drawn from a Gaussian
+        errors = np.square(mean - targets).mean(-1) + var
+        return errors[..., :n].mean(-1), errors[..., n:].mean(-1)
+
+    def prediction(name, mean, var, seconds):
+        train_mse, test_mse = losses(mean, var)
+        return Limit(
+            name=name,
+            mean=mean[n:],
+            std=np.sqrt(var[n:, None]),
+            train_mse=float(train_mse),
+            test_mse=float(test_mse),
+            test_accuracy=_accuracy(mean[n:], data.y_test),
+            equilibrium_steps=int(limit["equilibrium_steps"]),
+            seconds=float(seconds),
+        )
+
+    def ensemble(width, trained):
+        outputs = trained["outputs"].astype(np.float64)  # (steps, seeds, n+m, C)
+        errors = np.square(outputs - targets).mean(-1)
+        final = outputs[-1, :, n:]
+        expected = infinite.from_start(limit, data.targets_train, outputs[0], steps)
+        return Ensemble(
+            width=width,
+            mean=final.mean(0),
+            std=final.std(0, ddof=1),
+            train_mse=errors[..., :n].mean(-1),
+            test_mse=errors[..., n:].mean(-1),
+            test_accuracy=_accuracy(final.mean(0), data.y_test),
+            test_accuracies=(final.argmax(-1) == data.y_test).mean(-1),
+            distances=np.sqrt(np.square(outputs[:, :, n:] - expected).mean((2, 3))),
+            mean_distance=rms(final.mean(0) - ntk.mean),
+            equilibrium_steps=int(trained["equilibrium_steps"].max()),
+            seconds=float(trained["seconds"]),
+        )
+
+    time = float(limit["learning_rate"]) * steps[-1]
+    nngp = prediction("∞, NNGP", limit["nngp_mean"], limit["nngp_var"], limit["nngp_seconds"])
+    ntk, ntk_inf = (
+        prediction(f"∞, NTK, t = {t}", mean, var, limit["ntk_seconds"])
+        for t, mean, var in (
+            (f"{time:.4g}", limit["ntk_mean"][-1], limit["ntk_var"][-1]),
+            ("∞", limit["ntk_mean_inf"], limit["ntk_var_inf"]),
+        )
+    )
+    ensembles = [ensemble(width, networks[width]) for width in sorted(networks)]
+    limit_train_mse, limit_test_mse = losses(limit["ntk_mean"], limit["ntk_var"])
+    every_width = [e.width for e in ensembles for _ in e.distances[0]]
+    return Comparison(
+        steps=steps,
+        learning_rate=float(limit["learning_rate"]),
+        max_learning_rate=float(limit["max_learning_rate"]),
+        nngp=nngp,
+        ntk=ntk,
+        ntk_inf=ntk_inf,
+        limit_train_mse=limit_train_mse,
+        limit_test_mse=limit_test_mse,
+        ensembles=ensembles,
+        fits=[
+            fit_power_law(every_width, np.concatenate([e.distances[i] for e in ensembles]))
+            for i in range(1, len(steps))
+        ],
+    )
+
+
+def _accuracy(outputs: np.ndarray, y: np.ndarray) -> float:
+    return float((outputs.argmax(-1) == y).mean())

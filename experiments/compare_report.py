@@ -1,0 +1,306 @@
+"""The table, the figure and the page of the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.compare_analysis import Comparison, Ensemble, rms
+from experiments.data import Dataset
+from experiments.launch import format_value
+from experiments.report import BLACK, RED, PowerLaw, console_table, figure_style, markdown_table
+from experiments.workdir import Workdir
+
+HEADER = (
+    "network width",
+    "test accuracy",
+    "test MSE",
+    "train MSE",
+    "std",
+    "distance to ∞",
+    "equilibrium steps",
+    "seconds",
+)
+
+
+def write(
+    settings: Mapping[str, Any],
+    versions: Mapping[str, str],
+    data: Dataset,
+    comparison: Comparison,
+    workdir: Workdir,
+) -> None:
+    """Writes results.json, compare.png and report.md."""
+    workdir.write_json(
+        "results.json", {"settings": settings, "versions": versions, **comparison.numbers()}
+    )
+    with figure_style() as plt:
+        workdir.write_figure("compare.png", _figure(plt, data, comparison))
+    workdir.write_text("report.md", _page(settings, versions, data, comparison))
+
+
+def console(comparison: Comparison) -> str:
+    """The table and the slope."""
+    return f"{console_table(HEADER, _rows(comparison))}\n\n{_slope(comparison)}"
+
+
+def _rows(comparison: Comparison) -> list[list[str]]:
+    rows = [
+        [
+            limit.name,
+            f"{limit.test_accuracy:.1%}",
+            f"{limit.test_mse:.4f}",
+            f"{limit.train_mse:.4f}",
+            f"{rms(limit.std):.4f}",
+            "",
+            str(limit.equilibrium_steps),
+            f"{limit.seconds:.1f}",
+        ]
+        for limit in (comparison.nngp, comparison.ntk_inf, comparison.ntk)
+    ]
+    rows += [
+        [
+            str(e.width),
+            f"{e.test_accuracy:.1%}",
+            f"{e.test_mse[-1].mean():.4f}",
+            f"{e.train_mse[-1].mean():.4f}",
+            f"{rms(e.std):.4f}",
+            f"{e.distances[-1].mean():.4f} ± {e.distances[-1].std(ddof=1):.4f}",
+            str(e.equilibrium_steps),
+            f"{e.seconds:.1f}",
+        ]
+        for e in reversed(comparison.ensembles)
+    ]
+    return rows
+
+
+def _slope(comparison: Comparison) -> str:
+    fit = comparison.fits[-1]
+    agrees = fit.low <= -0.5 <= fit.high
+    return (
+        f"distance ~ width^slope, slope {fit} (95 % interval {_interval(fit)}); theory, as the "
+        f"width grows: −1/2, which is {'in' if agrees else 'outside'} the interval"
+    )
+
+
+def _interval(fit: PowerLaw) -> str:
+    return f"{fit.low:.3f} … {fit.high:.3f}".replace("-", "−")
+
+
+def _verdict(comparison: Comparison, n_train: int) -> str:
+    fit, first, e = comparison.fits[-1], comparison.fits[0], comparison.ensembles
+    fell = e[0].distances[-1].mean() / e[-1].distances[-1].mean()
+    text = (
+        f"From width {e[0].width} to {e[-1].width} the distance falls {fell:.1f}-fold "
+        f"(1/√width: {np.sqrt(e[-1].width / e[0].width):.1f}-fold). The fitted slope is {fit}, "
+        f"95 % interval {_interval(fit)}"
+    )
+    if fit.low <= -0.5 <= fit.high:
+        return f"{text}: it agrees with theory's −1/2."
+    text += (
+        f": −1/2, which theory gives for widths tending to infinity, is outside. After the first "
+        f"step of training the slope is {first} ({_interval(first)}). "
+    )
+    if fit.exponent > -0.5:
+        return text + (
+            "Training longer makes it shallower, because narrow networks are then further from "
+            f"their limit than 1/√width says: to fit {n_train} images the inverse of the NTK on "
+            f"them matters, whose relative error is small only where the width is large beside "
+            f"{n_train}. Larger --widths, fewer --steps or a smaller --n_train bring it to −1/2."
+        )
+    return text + (
+        "It is steeper because the narrowest networks are outside the regime of the limit: take "
+        "larger --widths, a smaller --W_std or a smaller --learning_rate."
+    )
+
+
+def _colours(plt: Any, comparison: Comparison) -> list[Any]:
+    """One a width, from light to dark; viridis is in order for the colour-blind and in print."""
+    return list(plt.get_cmap("viridis")(np.linspace(0.85, 0.2, len(comparison.ensembles))))
+
+
+def _figure(plt: Any, data: Dataset, comparison: Comparison) -> Any:
+    figure = plt.figure(figsize=(13, 8.4))
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1], hspace=0.04)
+    train, test, distance = top.subplots(1, 3, width_ratios=[1, 1, 1.15])
+    test.sharey(train)
+    _draw_losses(plt, (train, test), comparison)
+    _draw_distances(plt, distance, comparison)
+    _draw_predictions(plt, bottom, data, comparison)
+    return figure
+
+
+def _draw_losses(plt: Any, axes: Any, comparison: Comparison) -> None:
+    t = comparison.times
+    for ax, title, attribute in (
+        (axes[0], "(a) training images", "train_mse"),
+        (axes[1], "(a) held-out images", "test_mse"),
+    ):
+        for e, colour in zip(comparison.ensembles, _colours(plt, comparison), strict=True):
+            mse = getattr(e, attribute)
+            mean, std = mse.mean(1), mse.std(1, ddof=1)
+            # A band of logarithms: it stays above 0.
+            spread = np.exp(std / mean)
+            ax.fill_between(t, mean / spread, mean * spread, color=colour, alpha=0.35, lw=0)
+            ax.plot(t, mean, color=colour, lw=1, label=f"width {e.width}: mean ± std")
+        limit = getattr(comparison, f"limit_{attribute}")
+        ax.plot(t, limit, color=BLACK, lw=1.8, ls="--", label="infinite width (NTK)")
+        ax.set_xscale("symlog", linthresh=t[1], linscale=0.5)
+        ax.set_yscale("log")
+        ax.set_xlim(0, t[-1])
+        ax.set_title(title)
+        ax.set_xlabel("training time  t = learning rate × steps")
+    axes[0].set_ylabel("mean squared error of one network")
+    axes[0].legend(loc="lower left")
+
+
+def _draw_distances(plt: Any, ax: Any, comparison: Comparison) -> None:
+    widths = np.array([e.width for e in comparison.ensembles])
+    for e, colour in zip(comparison.ensembles, _colours(plt, comparison), strict=True):
+        spread = e.width * np.geomspace(0.93, 1.07, len(e.distances[-1]))  # beside each other
+        ax.plot(spread, e.distances[-1], "o", ms=5, color=colour, mec=BLACK, mew=0.4)
+    fit = comparison.fits[-1]
+    ends = np.array([widths[0] / 1.4, widths[-1] * 1.4])
+    centre = np.exp(np.log(widths).mean())
+    ax.plot(ends, fit(ends), color=BLACK, label=f"fit: slope {fit}")
+    guide = fit(centre) * np.sqrt(centre / ends)
+    ax.plot(ends, guide, color=RED, ls=":", lw=2, label="theory: slope −1/2")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xticks(widths, [str(width) for width in widths])
+    ax.minorticks_off()
+    low, high = np.log10(ax.get_ylim())
+    ticks = [a * 10.0**b for b in range(-6, 3) for a in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_title("(b) distance to the infinite-width prediction")
+    ax.set_xlabel("width of the finite network (a point: one network)")
+    ax.set_ylabel(f"RMS over held-out outputs, t = {comparison.times[-1]:.4g}")
+    ax.legend(loc="lower left")
+
+
+def _draw_predictions(plt: Any, figure: Any, data: Dataset, comparison: Comparison) -> None:
+    limit, e = comparison.ntk, comparison.ensembles[-1]
+    colour = _colours(plt, comparison)[-1]
+    ranked = np.sort(limit.mean, axis=1)
+    by_margin = np.argsort(ranked[:, -1] - ranked[:, -2])
+    rows = by_margin[[round(q * (len(by_margin) - 1)) for q in (0.02, 0.1, 0.5, 0.98)]]
+    axes = figure.subplots(2, 4, height_ratios=[1, 2.2], sharey="row")
+    classes = np.arange(len(data.classes))
+    for column, row in enumerate(rows):
+        image, ax = axes[:, column]
+        _draw_image(image, data.images_test[row])
+        image.set_title(f"a held-out {data.classes[data.y_test[row]]}", loc="center")
+        ax.axvspan(data.y_test[row] - 0.5, data.y_test[row] + 0.5, color="#eeeeee", zorder=0)
+        for mean, std, shift, style in (
+            (limit.mean, limit.std, -0.15, {"fmt": "s", "color": BLACK, "label": "infinite width"}),
+            (e.mean, e.std, 0.15, {"fmt": "o", "color": colour, "label": _networks(e)}),
+        ):
+            std = np.broadcast_to(std, mean.shape)
+            ax.errorbar(classes + shift, mean[row], std[row], ms=4, lw=1.4, **style)
+        ax.axhline(0, color=BLACK, lw=0.6)
+        ax.set_xticks(classes, [str(label) for label in data.classes])
+        ax.grid(axis="x", visible=False)
+        ax.set_xlabel("class (shaded: the true one)")
+    axes[1, 0].set_ylabel("score: mean ± std over initialisations")
+    axes[1, 0].legend(loc="upper left", bbox_to_anchor=(0, 1.22), ncols=2, columnspacing=1)
+    figure.suptitle(
+        f"(c) class scores of held-out images after training (t = {comparison.times[-1]:.4g}), "
+        "from the least to the most certain",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
+
+
+def _networks(e: Ensemble) -> str:
+    return f"{e.distances.shape[1]} networks of width {e.width}"
+
+
+def _draw_image(ax: Any, image: np.ndarray) -> None:
+    """Draws pixels; an input that is not an image, as a strip of its features."""
+    flat = image.ndim == 1
+    side = round(image.size**0.5)
+    if flat and side * side == image.size:
+        image = image.reshape(side, side)
+    ax.imshow(np.atleast_2d(image), cmap="gray_r", interpolation="nearest")
+    ax.set_axis_off()
+
+
+def _page(
+    settings: Mapping[str, Any],
+    versions: Mapping[str, str],
+    data: Dataset,
+    comparison: Comparison,
+) -> str:
+    e = comparison.ensembles
+    seeds = e[0].distances.shape[1]
+    n_train, n_features = data.x_train.shape
+    std, limit_std = rms(e[-1].std), rms(comparison.ntk.std)
+    versions_line = ", ".join(f"{name} {version}" for name, version in versions.items())
+    settings_rows = [
+        [f"`--{name}`", f"`{format_value(value)}`"]
+        for name, value in settings.items()
+        if value is not None
+    ]
+    slopes = [
+        [str(step), f"{time:.4g}", str(fit), _interval(fit)]
+        for step, time, fit in zip(
+            comparison.steps[1:], comparison.times[1:], comparison.fits, strict=True
+        )
+    ]
+    return f"""# Infinitely wide and finite deep equilibrium networks
+
+A deep equilibrium network runs one layer until its state stops changing,
+`z* = W_std/√n · W φ(z*) + U_std/√d · U x + b_std · b`, and reads out `f = V φ(z*)/√n`. As its width
+`n` grows, its outputs before training become a Gaussian process (NNGP), and gradient descent on it
+becomes kernel regression with a fixed kernel, the NTK. Here both were computed and set beside
+trained networks of finite width.
+
+**Data.** {n_train} training and {len(data.y_test)} held-out images of `{settings["data"]}`, drawn
+at random, with {n_features} features and {len(data.classes)} classes. The mean training image was
+subtracted, and every image scaled to norm √{n_features}. Targets are one-hot less their mean.
+
+**Training.** {comparison.steps[-1]} steps of full-batch gradient descent on half the mean squared
+error, with learning rate {comparison.learning_rate:.4g} (from {comparison.max_learning_rate:.4g} on
+the infinitely wide network diverges), up to time t = {comparison.times[-1]:.4g}; {seeds} networks
+of each width.
+
+## Result
+
+{markdown_table(HEADER, _rows(comparison))}
+
+- *test accuracy*: of the mean prediction (over initialisations; of {seeds} networks).
+- *MSE*: mean squared error of one network, on average over initialisations.
+- *std*: how much a held-out output varies between initialisations (RMS).
+- *distance to ∞*: RMS over held-out images and outputs of the difference between a trained network
+  and the infinite-width prediction that starts from that network's own outputs before training;
+  mean ± standard deviation over networks.
+- *equilibrium steps*: layers until the slowest image's state stops changing, to the last digits;
+  for the kernels, steps of Newton's method.
+
+![figure](compare.png)
+
+(a) Error during training. (b) Every trained network's distance to the infinite-width prediction.
+(c) What the infinitely wide network and {_networks(e[-1])} say of four held-out images.
+
+## Does the distance fall as 1/√width?
+
+{_verdict(comparison, n_train)}
+
+The slope during training:
+
+{markdown_table(("steps", "t", "slope ± standard error", "95 % interval"), slopes)}
+
+The mean over the {_networks(e[-1])} is {e[-1].mean_distance:.4f} (RMS) from the infinite
+ensemble's; that there are only {seeds} of them makes about {std / np.sqrt(seeds):.4f} of it. Their
+standard deviation is {std / limit_std:.2f} times the infinite ensemble's.
+
+## Settings
+
+{markdown_table(("flag", "value"), settings_rows)}
+
+All numbers are in `results.json`. Versions: {versions_line}.
+"""

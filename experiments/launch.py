@@ -1,0 +1,164 @@
+"""How a launcher starts and ends: flags out of a dataclass, errors of one line, Ctrl-C.
+
+@dataclass(frozen=True)
+class Settings(launch.Settings):
+    n_train: int = launch.flag(128, "training inputs", at_least=1)
+
+def job(settings: Settings, workdir: Workdir) -> None: ...
+
+if __name__ == "__main__":
+    launch.main(Settings, job)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from absl import app, flags, logging
+
+from nt_deq import NoEquilibriumError, NotConvergedError
+from experiments.errors import InputError, TrainingError
+from experiments.workdir import Workdir
+
+flags.disclaim_key_flags()  # they are the launcher's, and its `--help` shows them
+
+INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
+
+
+def flag(
+    default: Any, help: str, *, at_least: float | None = None, above: float | None = None
+) -> Any:
+    """A field of `Settings`: its default, what `--help` says, and its bound."""
+    metadata = {"help": help, "at_least": at_least, "above": above}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of a launcher's settings; an instance is within its bounds.
+
+    Fields are of type `int`, `float`, `bool`, `str`, one of these or `None`, or `tuple[int, ...]`
+    (on the command line: separated by commas).
+
+    Raises:
+      InputError: a value is out of bounds.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float):
+                    _check_bounds(f"--{field.name}={format_value(value)}", number, field.metadata)
+
+
+def _check_bounds(shown: str, number: float, metadata) -> None:
+    at_least, above = metadata["at_least"], metadata["above"]
+    if not math.isfinite(number):
+        raise InputError(f"{shown} is not a finite number.")
+    if at_least is not None and number < at_least:
+        raise InputError(f"{shown} is too small: it has to be at least {at_least}.")
+    if above is not None and number <= above:
+        raise InputError(f"{shown} is too small: it has to be above {above}.")
+
+
+def format_value(value: Any) -> str:
+    """A setting as one writes it on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def main(settings_type: type[AnySettings], job: Callable[[AnySettings, Workdir], None]) -> None:
+    """Runs a launcher; ends the process with 0, 1 (an error), or 130 (interrupted)."""
+    flags.DEFINE_string("workdir", None, "directory for results; what is finished is kept there")
+    _define_flags(settings_type)
+    flags.FLAGS.set_default("verbosity", logging.WARNING)  # JAX tells of every device it misses
+
+    def run(argv: Sequence[str]) -> int:
+        try:
+            if argv[1:]:
+                raise InputError(f"{argv[1]!r} is not a flag; flags are written --name=value.")
+            if not flags.FLAGS.workdir:
+                raise InputError("--workdir is missing: name a directory for the results.")
+            settings = _read_flags(settings_type)
+            workdir = _open(flags.FLAGS.workdir)
+        except InputError as error:
+            return _fail(error)
+        try:
+            job(settings, workdir)
+        except KeyboardInterrupt:
+            kept = ", ".join(workdir.kept) or "nothing yet"
+            print(
+                f"\nInterrupted. Kept in {workdir.path}: {kept}; the same command goes on there.",
+                file=sys.stderr,
+            )
+            return INTERRUPTED
+        except (InputError, TrainingError, NoEquilibriumError, NotConvergedError) as error:
+            return _fail(error)
+        return 0
+
+    app.run(run, flags_parser=_parse)
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {' '.join(str(error).split())} (--help lists the flags)")
+
+
+def _open(path: str) -> Workdir:
+    try:
+        return Workdir(path)
+    except OSError as error:
+        raise InputError(
+            f"--workdir={path} cannot be written to ({error.strerror}): name another directory."
+        ) from error
+
+
+_DEFINE: dict[Any, Callable[..., Any]] = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_boolean,
+    str: flags.DEFINE_string,
+    tuple[int, ...]: flags.DEFINE_list,
+}
+
+
+def _define_flags(settings_type: type[Settings]) -> None:
+    types = typing.get_type_hints(settings_type)
+    for field in dataclasses.fields(settings_type):
+        kind = types[field.name]
+        if type(None) in typing.get_args(kind):
+            (kind,) = set(typing.get_args(kind)) - {type(None)}
+        default: Any = field.default
+        if isinstance(default, tuple):
+            default = [str(number) for number in default]
+        _DEFINE[kind](field.name, default, field.metadata["help"])
+
+
+def _read_flags(settings_type: type[AnySettings]) -> AnySettings:
+    values = {}
+    for field in dataclasses.fields(settings_type):
+        value = flags.FLAGS[field.name].value
+        if isinstance(value, list):
+            try:
+                value = tuple(int(number) for number in value)
+            except ValueError:
+                raise InputError(
+                    f"--{field.name}={','.join(value)} has to be integers separated by commas."
+                ) from None
+        values[field.name] = value
+    return settings_type(**values)

@@ -1,0 +1,109 @@
+"""What launchers report with: tables, a power law fitted with its error, one figure style."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+# Okabe & Ito's palette, which the colour-blind tell apart too.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+
+Rows = Sequence[Sequence[str]]
+
+
+def console_table(header: Sequence[str], rows: Rows) -> str:
+    """A table in columns of text: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells):
+        first, *rest = zip(cells, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1])] + [cell.rjust(width) for cell, width in rest])
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def markdown_table(header: Sequence[str], rows: Rows) -> str:
+    """The same as `console_table`, in Markdown."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """`y = scale · x^exponent`, and how well the exponent is known.
+
+    Attributes:
+      exponent: the fitted slope of `log y` against `log x`.
+      standard_error: of the exponent.
+      low, high: its 95 % confidence interval, by Student's t distribution.
+      scale: `y` at `x = 1`.
+    """
+
+    exponent: float
+    standard_error: float
+    low: float
+    high: float
+    scale: float
+
+    def __call__(self, x: Any) -> np.ndarray:
+        """The fitted `y` at `x`."""
+        return self.scale * np.asarray(x, float) ** self.exponent
+
+    def __str__(self) -> str:
+        """As `-0.48 ± 0.02`."""
+        return f"{self.exponent:.3f} ± {self.standard_error:.3f}".replace("-", "−")
+
+
+def fit_power_law(x: Any, y: Any) -> PowerLaw:
+    """Fits a power law by least squares of logarithms; at least 3 points, 2 different `x`."""
+    fit: Any = stats.linregress(np.log(x), np.log(y))
+    margin = float(stats.t.ppf(0.975, len(x) - 2)) * fit.stderr
+    return PowerLaw(
+        exponent=float(fit.slope),
+        standard_error=float(fit.stderr),
+        low=float(fit.slope - margin),
+        high=float(fit.slope + margin),
+        scale=float(np.exp(fit.intercept)),
+    )
+
+
+@contextlib.contextmanager
+def figure_style() -> Iterator[Any]:
+    """Gives matplotlib's pyplot, drawing to files and in the style of all figures, then closes."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    style: Any = {
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#dddddd",
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "figure.constrained_layout.use": True,
+    }
+    with plt.rc_context(style):
+        try:
+            yield plt
+        finally:
+            plt.close("all")
