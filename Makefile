@@ -24,7 +24,7 @@ test-all: .venv/.ready test-versions
 test-versions: $(JAX_VERSIONS:%=test-jax-%)
 
 test-jax-%: .venvs/jax-%/.ready
-	.venvs/jax-$*/bin/python -m pytest -m "smoke and not slow" -p no:cacheprovider
+	.venvs/jax-$*/bin/python -m pytest -n 2 -m "smoke and not slow" -p no:cacheprovider
 
 lint: .venv/.types
 	$(RUN) ruff check
