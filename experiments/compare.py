@@ -40,7 +40,7 @@ class Settings(launch.Settings):
         "with arrays x_train, x_test (n, ...) and integer labels y_train, y_test (n,)",
     )
     data_dir: str | None = flag(None, "directory of MNIST's four IDX files, for --data=mnist")
-    n_train: int = flag(128, "training images, drawn at random", at_least=2)
+    n_train: int = flag(256, "training images, drawn at random", at_least=2)
     n_test: int = flag(500, "test images, drawn at random", at_least=1)
     widths: tuple[int, ...] = flag((64, 256, 1024), "widths of the finite networks", at_least=1)
     seeds: int = flag(8, "networks of each width", at_least=2)

@@ -80,6 +80,7 @@ class Comparison:
       limit_train_mse, limit_test_mse: `(steps,)`, expected of one infinitely wide network.
       ensembles: by increasing width.
       fits: of distance against width, after every recorded step but 0.
+      fit_widest: the last, of the two largest widths alone.
     """
 
     steps: Sequence[int]
@@ -92,6 +93,7 @@ class Comparison:
     limit_test_mse: np.ndarray
     ensembles: Sequence[Ensemble]
     fits: Sequence[PowerLaw]
+    fit_widest: PowerLaw
 
     @property
     def times(self) -> np.ndarray:
@@ -113,6 +115,7 @@ class Comparison:
             },
             "finite": [_numbers(ensemble) for ensemble in self.ensembles],
             "slope": vars(self.fits[-1]),
+            "slope_of_the_two_widest": vars(self.fit_widest),
             "slope_at_steps": [
                 {"steps": step, **vars(fit)}
                 for step, fit in zip(self.steps[1:], self.fits, strict=True)
@@ -195,7 +198,6 @@ def analyse(
     )
     ensembles = [ensemble(width, networks[width]) for width in sorted(networks)]
     limit_train_mse, limit_test_mse = losses(limit["ntk_mean"], limit["ntk_var"])
-    every_width = [e.width for e in ensembles for _ in e.distances[0]]
     return Comparison(
         steps=steps,
         learning_rate=float(limit["learning_rate"]),
@@ -206,11 +208,14 @@ def analyse(
         limit_train_mse=limit_train_mse,
         limit_test_mse=limit_test_mse,
         ensembles=ensembles,
-        fits=[
-            fit_power_law(every_width, np.concatenate([e.distances[i] for e in ensembles]))
-            for i in range(1, len(steps))
-        ],
+        fits=[_fit(ensembles, i) for i in range(1, len(steps))],
+        fit_widest=_fit(ensembles[-2:], -1),
     )
+
+
+def _fit(ensembles: Sequence[Ensemble], step: int) -> PowerLaw:
+    points = [(e.width, distance) for e in ensembles for distance in e.distances[step]]
+    return fit_power_law(*zip(*points, strict=True))
 
 
 def _accuracy(outputs: np.ndarray, y: np.ndarray) -> float:

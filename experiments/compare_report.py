@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,11 +79,14 @@ def _rows(comparison: Comparison) -> list[list[str]]:
 
 def _slope(comparison: Comparison) -> str:
     fit = comparison.fits[-1]
-    agrees = fit.low <= -0.5 <= fit.high
     return (
         f"distance ~ width^slope, slope {fit} (95 % interval {_interval(fit)}); theory, as the "
-        f"width grows: −1/2, which is {'in' if agrees else 'outside'} the interval"
+        f"width grows: −1/2, which is {'in' if _agrees(fit) else 'outside'} the interval"
     )
+
+
+def _agrees(fit: PowerLaw) -> bool:
+    return fit.low <= -0.5 <= fit.high
 
 
 def _interval(fit: PowerLaw) -> str:
@@ -90,29 +94,29 @@ def _interval(fit: PowerLaw) -> str:
 
 
 def _verdict(comparison: Comparison, n_train: int) -> str:
-    fit, first, e = comparison.fits[-1], comparison.fits[0], comparison.ensembles
+    fit, widest, e = comparison.fits[-1], comparison.fit_widest, comparison.ensembles
     fell = e[0].distances[-1].mean() / e[-1].distances[-1].mean()
     text = (
         f"From width {e[0].width} to {e[-1].width} the distance falls {fell:.1f}-fold "
         f"(1/√width: {np.sqrt(e[-1].width / e[0].width):.1f}-fold). The fitted slope is {fit}, "
         f"95 % interval {_interval(fit)}"
     )
-    if fit.low <= -0.5 <= fit.high:
+    if _agrees(fit):
         return f"{text}: it agrees with theory's −1/2."
     text += (
-        f": −1/2, which theory gives for widths tending to infinity, is outside. After the first "
-        f"step of training the slope is {first} ({_interval(first)}). "
+        ": −1/2, which theory gives for widths tending to infinity, is outside. Between the two "
+        f"widest alone the slope is {widest} ({_interval(widest)}). "
     )
     if fit.exponent > -0.5:
         return text + (
-            "Training longer makes it shallower, because narrow networks are then further from "
-            f"their limit than 1/√width says: to fit {n_train} images the inverse of the NTK on "
-            f"them matters, whose relative error is small only where the width is large beside "
-            f"{n_train}. Larger --widths, fewer --steps or a smaller --n_train bring it to −1/2."
+            "A slope that is too shallow means that the narrowest networks are not in that regime: "
+            f"fitting {n_train} images inverts the NTK on them, which is near its limit only where "
+            "the width is large beside their number; below, the distance grows less than 1/√width. "
+            "Larger --widths or fewer --steps bring the slope nearer."
         )
     return text + (
-        "It is steeper because the narrowest networks are outside the regime of the limit: take "
-        "larger --widths, a smaller --W_std or a smaller --learning_rate."
+        "A slope that is too steep means that the narrowest networks are outside the regime of the "
+        "limit: take larger --widths, a smaller --W_std or a smaller --learning_rate."
     )
 
 
@@ -132,11 +136,18 @@ def _figure(plt: Any, data: Dataset, comparison: Comparison) -> Any:
     return figure
 
 
+def _ticks(low: float, high: float, digits: tuple[int, ...] = (1, 2, 5)) -> list[float]:
+    """Round numbers between two positive ones."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
 def _draw_losses(plt: Any, axes: Any, comparison: Comparison) -> None:
     t = comparison.times
     for ax, title, attribute in (
-        (axes[0], "(a) training images", "train_mse"),
-        (axes[1], "(a) held-out images", "test_mse"),
+        (axes[0], "(a) error on training images", "train_mse"),
+        (axes[1], "(a) error on held-out images", "test_mse"),
     ):
         for e, colour in zip(comparison.ensembles, _colours(plt, comparison), strict=True):
             mse = getattr(e, attribute)
@@ -150,8 +161,13 @@ def _draw_losses(plt: Any, axes: Any, comparison: Comparison) -> None:
         ax.set_xscale("symlog", linthresh=t[1], linscale=0.5)
         ax.set_yscale("log")
         ax.set_xlim(0, t[-1])
+        ax.set_xticks([0, *_ticks(t[1], t[-1], (1,))])
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
         ax.set_title(title)
         ax.set_xlabel("training time  t = learning rate × steps")
+    axes[0].set_yticks(_ticks(*axes[0].get_ylim()))
+    axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("mean squared error of one network")
     axes[0].legend(loc="lower left")
 
@@ -171,10 +187,8 @@ def _draw_distances(plt: Any, ax: Any, comparison: Comparison) -> None:
     ax.set_yscale("log")
     ax.set_xticks(widths, [str(width) for width in widths])
     ax.minorticks_off()
-    low, high = np.log10(ax.get_ylim())
-    ticks = [a * 10.0**b for b in range(-6, 3) for a in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]
-    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_yticks(_ticks(*ax.get_ylim()))
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.set_title("(b) distance to the infinite-width prediction")
     ax.set_xlabel("width of the finite network (a point: one network)")
     ax.set_ylabel(f"RMS over held-out outputs, t = {comparison.times[-1]:.4g}")
@@ -205,7 +219,8 @@ def _draw_predictions(plt: Any, figure: Any, data: Dataset, comparison: Comparis
         ax.grid(axis="x", visible=False)
         ax.set_xlabel("class (shaded: the true one)")
     axes[1, 0].set_ylabel("score: mean ± std over initialisations")
-    axes[1, 0].legend(loc="upper left", bbox_to_anchor=(0, 1.22), ncols=2, columnspacing=1)
+    legend = axes[1, 0].legend(loc="upper left", bbox_to_anchor=(0, 1.22), ncols=2)
+    legend.set_in_layout(False)
     figure.suptitle(
         f"(c) class scores of held-out images after training (t = {comparison.times[-1]:.4g}), "
         "from the least to the most certain",
@@ -295,8 +310,8 @@ The slope during training:
 {markdown_table(("steps", "t", "slope ± standard error", "95 % interval"), slopes)}
 
 The mean over the {_networks(e[-1])} is {e[-1].mean_distance:.4f} (RMS) from the infinite
-ensemble's; that there are only {seeds} of them makes about {std / np.sqrt(seeds):.4f} of it. Their
-standard deviation is {std / limit_std:.2f} times the infinite ensemble's.
+ensemble's; as many draws from the infinite ensemble would be {limit_std / np.sqrt(seeds):.4f} from
+it. Their standard deviation is {std / limit_std:.2f} times the infinite ensemble's.
 
 ## Settings
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ def main(settings_type: type[AnySettings], job: Callable[[AnySettings, Workdir],
     """Runs a launcher; ends the process with 0, 1 (an error), or 130 (interrupted)."""
     flags.DEFINE_string("workdir", None, "directory for results; what is finished is kept there")
     _define_flags(settings_type)
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # JAX tells of every device it misses
+    logging.set_verbosity(logging.WARNING)  # JAX tells of every kind of device it does not find
 
     def run(argv: Sequence[str]) -> int:
         try:
@@ -98,8 +99,10 @@ def main(settings_type: type[AnySettings], job: Callable[[AnySettings, Workdir],
             print(
                 f"\nInterrupted. Kept in {workdir.path}: {kept}; the same command goes on there.",
                 file=sys.stderr,
+                flush=True,
             )
-            return INTERRUPTED
+            # At once: JAX, interrupted while it compiles, can crash when Python takes it down.
+            os._exit(INTERRUPTED)
         except (InputError, TrainingError, NoEquilibriumError, NotConvergedError) as error:
             return _fail(error)
         return 0

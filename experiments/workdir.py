@@ -86,7 +86,7 @@ class Workdir:
         with self._whole(self.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    def write_figure(self, name: str, figure: Any, dpi: int = 130) -> None:
+    def write_figure(self, name: str, figure: Any, dpi: int = 120) -> None:
         """Writes a matplotlib figure as PNG."""
         with self._whole(self.path / name) as temporary:
             figure.savefig(temporary, format="png", dpi=dpi)

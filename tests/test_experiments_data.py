@@ -1,0 +1,146 @@
+"""Images and labels: what is read, how it is split and standardised, what is refused."""
+
+import gzip
+import os
+import struct
+
+import numpy as np
+import pytest
+
+from experiments.data import load
+from experiments.errors import InputError
+
+MNIST = os.environ.get("NT_DEQ_MNIST")
+
+
+def test_digits_are_standardised_and_split():
+    data = load("digits", None, 100, 200, seed=0)
+    assert data.x_train.shape == (100, 64)
+    assert data.x_test.shape == (200, 64)
+    np.testing.assert_allclose(np.linalg.norm(data.x_train, axis=1), 8)
+    np.testing.assert_allclose(np.linalg.norm(data.x_test, axis=1), 8)
+    assert data.classes == tuple(range(10))
+    assert data.images_test.shape == (200, 8, 8)
+    both = {image.tobytes() for image in data.x_train} & {image.tobytes() for image in data.x_test}
+    assert not both
+
+
+def test_targets_are_centred_one_hot():
+    data = load("digits", None, 50, 20, seed=0)
+    np.testing.assert_allclose(data.targets_train.sum(axis=1), 0, atol=1e-12)
+    np.testing.assert_array_equal(data.targets_test.argmax(axis=1), data.y_test)
+    np.testing.assert_allclose(data.targets_train.max(axis=1), 0.9)
+
+
+def test_labels_follow_their_images():
+    data = load("digits", None, 300, 300, seed=0)
+    nearest = (data.x_test @ data.x_train.T).argmax(axis=1)
+    assert (data.y_train[nearest] == data.y_test).mean() > 0.9
+
+
+def test_the_seed_decides_the_draw():
+    one, same, other = (load("digits", None, 20, 20, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.x_train, same.x_train)
+    assert not np.array_equal(one.x_train, other.x_train)
+
+
+def write_idx(path, array, compress):
+    data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    data += array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data) if compress else data)
+
+
+def write_mnist(directory, compress=False):
+    rng = np.random.default_rng(0)
+    suffix = ".gz" if compress else ""
+    for stem, n in (("train", 30), ("t10k", 20)):
+        labels = np.arange(n) % 10
+        images = rng.integers(0, 200, (n, 6, 6))
+        images[np.arange(n), 0, 0] = labels  # so that an image tells its label
+        write_idx(directory / f"{stem}-images-idx3-ubyte{suffix}", images, compress)
+        write_idx(directory / f"{stem}-labels-idx1-ubyte{suffix}", labels, compress)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_mnist_files_are_read_gzipped_or_not(tmp_path, compress):
+    write_mnist(tmp_path, compress)
+    data = load("mnist", str(tmp_path), 25, 20, seed=0)
+    assert data.x_train.shape == (25, 36)
+    np.testing.assert_array_equal(data.images_test[:, 0, 0], data.y_test)
+
+
+@pytest.mark.skipif(MNIST is None, reason="NT_DEQ_MNIST does not name a directory of MNIST")
+def test_the_real_mnist():
+    data = load("mnist", MNIST, 1000, 200, seed=0)
+    assert data.x_train.shape == (1000, 784)
+    assert data.classes == tuple(range(10))
+    nearest = (data.x_test @ data.x_train.T).argmax(axis=1)
+    assert (data.y_train[nearest] == data.y_test).mean() > 0.8
+
+
+def arrays(**changes):
+    x, y = np.random.default_rng(0).normal(size=(12, 5)), np.arange(12) % 3
+    return {"x_train": x, "y_train": y + 7, "x_test": x[:6], "y_test": y[:6] + 7} | changes
+
+
+def test_an_npz_file_is_read(tmp_path):
+    file = tmp_path / "own.npz"
+    np.savez(file, **arrays())
+    data = load(str(file), None, 10, 5, seed=0)
+    assert data.classes == (7, 8, 9)
+    assert data.targets_train.shape == (10, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_test": np.ones((6, 4))}, "have to be the same"),
+        ({"y_train": np.ones(12)}, "y_train is float64"),
+        ({"y_test": np.arange(5)}, r"shape \(5,\)"),
+        ({"x_train": np.full((12, 5), np.nan)}, "x_train has NaN"),
+        ({"x_train": np.array(["a"] * 12)}, "x_train is <U1"),
+    ],
+)
+def test_an_npz_file_that_cannot_be_right(tmp_path, changes, message):
+    file = tmp_path / "own.npz"
+    np.savez(file, **arrays(**changes))
+    with pytest.raises(InputError, match=message):
+        load(str(file), None, 10, 5, seed=0)
+
+
+def test_an_npz_file_that_lacks_arrays(tmp_path):
+    file = tmp_path / "own.npz"
+    np.savez(file, x_train=np.ones((3, 2)))
+    with pytest.raises(InputError, match="has no y_train, x_test, y_test"):
+        load(str(file), None, 2, 2, seed=0)
+
+
+def test_files_that_are_not_what_they_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.npz does not exist"):
+        load(str(tmp_path / "none.npz"), None, 2, 2, seed=0)
+    (tmp_path / "text.npz").write_text("text")
+    with pytest.raises(InputError, match="cannot be read as arrays"):
+        load(str(tmp_path / "text.npz"), None, 2, 2, seed=0)
+    with pytest.raises(InputError, match="has neither train-images-idx3-ubyte nor"):
+        load("mnist", str(tmp_path), 2, 2, seed=0)
+    write_mnist(tmp_path)
+    images = tmp_path / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"1079 bytes of data for its shape \(30, 6, 6\)"):
+        load("mnist", str(tmp_path), 2, 2, seed=0)
+    images.write_text("text")
+    with pytest.raises(InputError, match="is not an IDX file"):
+        load("mnist", str(tmp_path), 2, 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_train", "message"),
+    [
+        ("digit", 10, "--data=digit is unknown"),
+        ("mnist", 10, "needs --data_dir"),
+        ("digits", 1790, "--n_train=1790 and --n_test=20 are too large"),
+    ],
+)
+def test_what_there_is_not(name, n_train, message):
+    with pytest.raises(InputError, match=message):
+        load(name, None, n_train, 20, seed=0)
