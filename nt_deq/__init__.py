@@ -13,10 +13,11 @@ from nt_deq.kernel import (  # noqa: E402
     NotConvergedError,
     deq_kernel,
 )
-from nt_deq.solvers import Newton, Picard  # noqa: E402
+from nt_deq.solvers import Anderson, Newton, Picard  # noqa: E402
 
 __all__ = [
     "Activation",
+    "Anderson",
     "KernelSolution",
     "Newton",
     "NoEquilibriumError",

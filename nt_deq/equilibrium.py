@@ -36,10 +36,10 @@ def equilibrium(
     Args:
       f: one layer, `f(z, args) -> z`, each sample on its own. For speed outside `jax.jit` pass the
         same function object every time, and what changes in `args`.
-      z0: where to start, `(batch, ..., width)`.
+      z0: where to start, `(batch, ...)`.
       args: a pytree; `z*` is differentiable in its arrays.
       solver: an optimistix fixed-point solver or root finder; `None` is plain iteration, each
-        sample until `|f(z) - z| <= 32 ε |f(z)|` in the 2-norm of its last axis.
+        sample until `|f(z) - z| <= 32 ε |f(z)|` in the 2-norm.
 
     Returns:
       `z*`, of the shape of `z0`.
@@ -108,17 +108,17 @@ class Iteration(optimistix.AbstractFixedPointSolver):
 
     Attributes:
       rtol, atol: a sample stops where `|f(z) - z| <= atol + rtol |f(z)|`.
-      norm: the norm of each sample, `(..., width) -> (...)`.
+      norm: the norm of each sample, `(batch, ...) -> (batch,)`.
     """
 
     rtol: float
     atol: float = 0.0
-    norm: Callable[[Array], Array] = partial(jnp.linalg.norm, axis=-1)
+    norm: Callable[[Array], Array] = jax.vmap(jnp.linalg.norm)
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         """No sample has converged."""
         del fn, args, options, f_struct, aux_struct, tags
-        return _Residual(jnp.full(y.shape[:-1], jnp.inf, y.dtype))
+        return _Residual(jnp.full(y.shape[:1], jnp.inf, y.dtype))
 
     def step(self, fn, y, args, options, state, tags):
         """One layer for the samples that still move."""
@@ -126,7 +126,7 @@ class Iteration(optimistix.AbstractFixedPointSolver):
         value, aux = fn(y, args)
         excess = self.norm(value - y) - (self.atol + self.rtol * self.norm(value))
         moving = state.excess > 0
-        y = jnp.where(moving[..., None], value, y)
+        y = jnp.where(moving.reshape(-1, *[1] * (y.ndim - 1)), value, y)
         return y, _Residual(jnp.where(moving, excess, state.excess)), aux
 
     def terminate(self, fn, y, args, options, state, tags):

@@ -9,18 +9,92 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, random
 from neural_tangents import stax as _nt_stax
 from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
-from nt_deq import _checks
+from nt_deq import _checks, fixed_point
 from nt_deq.activations import Activation, get_activation
 from nt_deq.equilibrium import equilibrium
 from nt_deq.kernel import get_solver, raise_unless_converged, solve_equilibrium
 from nt_deq.solvers import Solver
 
-__all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + ["DEQ"]
+__all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + ["DEQ", "FixedPoint"]
+
+_MASKED: Any = _nt_stax.MaskedArray  # typed as a class without fields
+
+
+@_nt_stax.layer
+def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None):
+    """A layer of infinite depth, `z* = cell(z*) + inject(x)`, from any stax layers.
+
+    Returns the equilibrium itself: put the nonlinearity and the readout after it. The cell reads
+    its own output, so it keeps the shape, and it ends in a layer with random weights. They are
+    tied: the same in every iteration, and so is a dropout mask.
+    `stax.DEQ` is `stax.serial(FixedPoint(stax.serial(phi, Dense), Dense), phi)`.
+
+    Args:
+      cell: `(init_fn, apply_fn, kernel_fn)` of what is iterated, for example
+        `stax.serial(stax.Relu(), stax.Conv(64, (3, 3), padding='SAME'))`.
+      inject: likewise of what the input goes through, once, for example
+        `stax.Conv(64, (3, 3), padding='SAME')`.
+      solver: of the kernel. `None` is `nt_deq.Newton()` where the inputs are vectors, so that every
+        entry is an equation of its own, and `nt_deq.Anderson()` where they have spatial axes, whose
+        entries the cell may couple; `nt_deq.Picard()` is the plain iteration.
+
+    Returns:
+      `(init_fn, apply_fn, kernel_fn)`. The parameters are `(cell, inject)`.
+
+    Raises:
+      NoEquilibriumError: by `kernel_fn`, where some input has no stable equilibrium; under a
+        transformation its row and column are NaN instead.
+      NotConvergedError: by `kernel_fn` and `apply_fn`, where the solver gave up (likewise).
+      ValueError: by `kernel_fn`, for a cell that changes the shape, does not end in a layer with
+        random weights, or adds its input to its output past them.
+    """
+    if solver is not None:
+        get_solver(solver)
+    (cell_init, cell_apply, cell_kernel), (inject_init, inject_apply, inject_kernel) = cell, inject
+    composed: Any = _nt_stax.serial(inject, cell, cell)[2]
+    requirements = composed.input_req
+    batch_axis = requirements.get("batch_axis", 0)
+    solve = jax.jit(partial(fixed_point.solve_fixed_point, cell_kernel, solver=solver))
+
+    def layer(z, args):
+        params, u, mask, kwargs = args
+        z = jnp.moveaxis(z, 0, batch_axis)
+        out = cell_apply(params, z if mask is None else _MASKED(z, mask), **kwargs)
+        out = out if mask is None else out.masked_value
+        return jnp.moveaxis(out, batch_axis, 0) + u
+
+    def init_fn(rng, input_shape, **kwargs):
+        rng_cell, rng_inject = random.split(rng)
+        shape, inject_params = inject_init(rng_inject, input_shape, **kwargs)
+        cell_shape, cell_params = cell_init(rng_cell, shape, **kwargs)
+        fixed_point.check_shape(cell_shape, shape)
+        return shape, (cell_params, inject_params)
+
+    def apply_fn(params: Any, inputs: Any, **kwargs: Any) -> Any:
+        u = inject_apply(params[1], inputs, **kwargs)
+        kwargs.pop("mask_constant", None)  # a value of the inputs, not of z
+        masked = isinstance(u, _MASKED)
+        u, mask = (u.masked_value, u.mask) if masked else (u, None)
+        u = jnp.moveaxis(u, batch_axis, 0)  # the equilibrium is solved sample by sample
+        z = equilibrium(layer, jnp.zeros_like(u), (params[0], u, mask, kwargs))
+        z = jnp.moveaxis(z, 0, batch_axis)
+        return _MASKED(z, mask) if masked else z
+
+    @_nt_stax.requires(**requirements)
+    def kernel_fn(k: Any, **kwargs: Any) -> Any:
+        u = fixed_point.unreversed(inject_kernel(k, **kwargs))
+        fixed_point.check_cell(cell, u)
+        z, *inputs = solve(u)
+        fixed_point.raise_unless_converged(*inputs)
+        return z
+
+    return init_fn, apply_fn, kernel_fn
 
 
 @_nt_stax.layer

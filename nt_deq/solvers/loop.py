@@ -20,8 +20,17 @@ def rounding(dtype) -> float:
     return 4 * float(jnp.finfo(dtype).eps)
 
 
+def spread(block: Array, event_dims: int) -> Array:
+    """Gives an array of one number a block the axes to broadcast with the blocks."""
+    return block.reshape(block.shape + (1,) * event_dims)
+
+
 class Root(NamedTuple):
-    """Where the loop ended after `steps` steps; `residual = |F(value) - value|`."""
+    """Where the loop ended after `steps` steps; `residual = |F(value) - value|`.
+
+    `residual` and `converged` have one entry a block: the largest of its entries, and whether all
+    of them have converged.
+    """
 
     value: Array
     residual: Array
@@ -31,13 +40,15 @@ class Root(NamedTuple):
 
 @dataclass(frozen=True)
 class Solver(abc.ABC):
-    """A method for `y = F(y)`, an independent scalar equation in every entry.
+    """A method for `y = F(y)`, an independent equation in every block of entries.
+
+    A block is the last `event_dims` axes: a single entry where that is 0.
 
     Attributes:
-      tol: the error of `y` to stop at, relative to the scale of its entry (for a covariance
+      tol: the error of `y` to stop at, relative to the scale of its block (for a covariance
         `√(k k')`); `None` is 8 units of the last place. Where rounding alone leaves a larger
-        residual, that is where an entry stops.
-      max_steps: after so many steps an entry that has not converged is reported as such.
+        residual, that is where a block stops.
+      max_steps: after so many steps a block that has not converged is reported as such.
     """
 
     tol: float | None = None
@@ -56,51 +67,56 @@ class Solver(abc.ABC):
             )
 
     @abc.abstractmethod
-    def init(self, y: Array, lower: Array, upper: Array) -> State:
+    def init(self, y: Array, lower: Array, upper: Array, event_dims: int) -> State:
         """Returns the state before the first step; the root lies in `[lower, upper]`."""
 
     @abc.abstractmethod
-    def step(self, y: Array, value: Array, slope: Array, state: State) -> tuple[Array, State]:
-        """Returns the next `y`, given `value = F(y)` and `slope = F'(y)`."""
+    def step(
+        self, y: Array, value: Array, slope: Array, state: State, event_dims: int
+    ) -> tuple[Array, State]:
+        """Returns the next `y`, given `value = F(y)` and, of single entries, `slope = F'(y)`."""
 
 
 def solve(
     solver: Solver,
     fn: Callable[..., tuple[Array, Array, Array]],
-    args: tuple[Array, ...],
+    args: Any,
     y0: Array,
     lower: Array,
     upper: Array,
+    event_dims: int = 0,
 ) -> Root:
-    """Solves `y = F(y, *args)` entry by entry and differentiates the root implicitly in `args`.
+    """Solves `y = F(y, *args)` block by block and differentiates the root implicitly in `args`.
 
-    An entry that has converged is left alone, so that no entry's value depends on the others'. An
-    entry that is not finite is given up.
+    A block that has converged is left alone, so that its value does not depend on the others. A
+    block that is not finite is given up.
 
     Args:
       solver: the method.
-      fn: `fn(y, *args) -> (F, ∂F/∂y, scale)`, elementwise; it may close over no traced value.
-      args: arrays that broadcast with `y0`.
+      fn: `fn(y, *args) -> (F, slope, scale)`; it may close over no traced value. Of single entries
+        `slope` is `∂F/∂y`, of larger blocks it is not used; `scale` has one entry a block.
+      args: a tuple of pytrees.
       y0: where to start.
       lower: bound of the root; iterates are clipped to it.
       upper: likewise.
+      event_dims: how many of the last axes of `y` make a block.
     """
-    root = _iterate(solver, fn, *lax.stop_gradient((args, y0, lower, upper)))
-    return root._replace(value=_implicit(fn, root.value, args))
+    root = _iterate(solver, fn, *lax.stop_gradient((args, y0, lower, upper)), event_dims)
+    return root._replace(value=_implicit(fn, event_dims, root.value, args))
 
 
-def _iterate(solver, fn, args, y0, lower, upper):
-    dtype = y0.dtype
-    floor = rounding(dtype)
-    tol = 8 * float(jnp.finfo(dtype).eps) if solver.tol is None else solver.tol
+def _iterate(solver, fn, args, y0, lower, upper, event_dims):
+    floor = rounding(y0.dtype)
+    tol = 2 * floor if solver.tol is None else solver.tol
+    axes = tuple(range(y0.ndim - event_dims, y0.ndim))
 
     def evaluate(y):
         value, slope, scale = fn(y, *args)
         value = jnp.clip(value, lower, upper)  # a root at a bound may be outside it by rounding
-        residual = jnp.abs(value - y)
+        residual = jnp.max(jnp.abs(value - y), axis=axes) if axes else jnp.abs(value - y)
         # The error of y is about residual / (1 - slope).
-        converged = residual <= jnp.maximum(tol * (1 - jnp.abs(slope)), floor) * scale
-        return value, slope, residual, converged
+        allowed = tol if event_dims else jnp.maximum(tol * (1 - jnp.abs(slope)), floor)
+        return value, slope, residual, residual <= allowed * scale
 
     def unfinished(carry):
         steps, _, (_, _, residual, converged), _ = carry
@@ -108,26 +124,52 @@ def _iterate(solver, fn, args, y0, lower, upper):
 
     def advance(carry):
         steps, y, (value, slope, _, converged), state = carry
-        proposal, state = solver.step(y, value, slope, state)
-        y = jnp.where(converged, y, jnp.clip(proposal, lower, upper))
+        proposal, state = solver.step(y, value, slope, state, event_dims)
+        y = jnp.where(spread(converged, event_dims), y, jnp.clip(proposal, lower, upper))
         return steps + 1, y, evaluate(y), state
 
-    start = (jnp.zeros((), jnp.int32), y0, evaluate(y0), solver.init(y0, lower, upper))
+    state = solver.init(y0, lower, upper, event_dims)
+    start = (jnp.zeros((), jnp.int32), y0, evaluate(y0), state)
     steps, y, (_, _, residual, converged), _ = lax.while_loop(unfinished, advance, start)
     return Root(y, residual, converged, steps)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _implicit(fn, root, args):
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _implicit(fn, event_dims, root, args):
     """`root`, with the derivative in `args` that `root = F(root, *args)` gives it."""
-    del fn, args
+    del fn, event_dims, args
     return root
 
 
 @_implicit.defjvp
-def _implicit_jvp(fn, primals, tangents):
+def _implicit_jvp(fn, event_dims, primals, tangents):
     root, args = primals
     # The root of the rule has the rule's own derivative, so that higher derivatives are right too.
-    root = _implicit(fn, root, args)
-    (_, slope, _), (d_value, _, _) = jax.jvp(lambda *a: fn(root, *a), args, tangents[1])
-    return root, d_value / (1 - slope)
+    root = _implicit(fn, event_dims, root, args)
+    if event_dims == 0:
+        (_, slope, _), (d_value, _, _) = jax.jvp(lambda *a: fn(root, *a), args, tangents[1])
+        return root, d_value / (1 - slope)
+    _, d_value = jax.jvp(lambda *a: fn(root, *a)[0], args, tangents[1])
+    _, jacobian = jax.linearize(lambda y: fn(y, *args)[0], root)
+    return root, solve_linear(jacobian, d_value)
+
+
+def solve_linear(jacobian: Callable[[Array], Array], b: Array) -> Array:
+    """Solves `t = J t + b`, linear in `b` and so transposable, by iteration; NaN if it fails."""
+    tol = 2 * rounding(b.dtype)
+
+    def iterate(matvec, b):  # matvec(t) = t - J t
+        def step(carry):
+            steps, t, _ = carry
+            change = b - matvec(t)
+            return steps + 1, t + change, jnp.max(jnp.abs(change))
+
+        def unfinished(carry):
+            steps, t, change = carry
+            return (steps < 10_000) & (change > tol * jnp.max(jnp.abs(t)))
+
+        start = (jnp.zeros((), jnp.int32), b, jnp.array(jnp.inf, b.dtype))
+        _, t, change = lax.while_loop(unfinished, step, start)
+        return jnp.where(change <= tol * jnp.max(jnp.abs(t)), t, jnp.nan)
+
+    return lax.custom_linear_solve(lambda t: t - jacobian(t), b, iterate, iterate)

@@ -21,12 +21,18 @@ class Newton(Solver):
 
     max_steps: int = 100
 
-    def init(self, y, lower, upper):
+    def init(self, y, lower, upper, event_dims):
         """The bracket of every root."""
+        if event_dims:
+            raise ValueError(
+                "solver=Newton() needs a cell whose kernel entries are independent; this one "
+                "couples them over space: use nt_deq.Anderson() or nt_deq.Picard()."
+            )
         return jnp.broadcast_to(lower, y.shape), jnp.broadcast_to(upper, y.shape)
 
-    def step(self, y, value, slope, state):
+    def step(self, y, value, slope, state, event_dims):
         """A Newton step where it stays inside the bracket, `F(y)` where it does not."""
+        del event_dims
         lower, upper = state
         above = value > y
         lower, upper = jnp.where(above, y, lower), jnp.where(above, upper, y)

@@ -16,12 +16,12 @@ class Picard(Solver):
     Use `Newton` instead wherever the entries are independent.
     """
 
-    def init(self, y, lower, upper):
+    def init(self, y, lower, upper, event_dims):
         """No state."""
-        del y, lower, upper
+        del y, lower, upper, event_dims
         return ()
 
-    def step(self, y, value, slope, state):
+    def step(self, y, value, slope, state, event_dims):
         """`F(y)`."""
-        del y, slope
+        del y, slope, event_dims
         return value, state
