@@ -219,8 +219,13 @@ def _draw_predictions(plt: Any, figure: Any, data: Dataset, comparison: Comparis
         ax.grid(axis="x", visible=False)
         ax.set_xlabel("class (shaded: the true one)")
     axes[1, 0].set_ylabel("score: mean ± std over initialisations")
-    legend = axes[1, 0].legend(loc="upper left", bbox_to_anchor=(0, 1.22), ncols=2)
-    legend.set_in_layout(False)
+    figure.legend(
+        *axes[1, 0].get_legend_handles_labels(),
+        loc="upper right",
+        ncols=2,
+        bbox_to_anchor=(1, 1.03),
+        borderaxespad=0.2,
+    )
     figure.suptitle(
         f"(c) class scores of held-out images after training (t = {comparison.times[-1]:.4g}), "
         "from the least to the most certain",
