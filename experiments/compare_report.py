@@ -93,7 +93,7 @@ def _interval(fit: PowerLaw) -> str:
     return f"{fit.low:.3f} … {fit.high:.3f}".replace("-", "−")
 
 
-def _verdict(comparison: Comparison, n_train: int) -> str:
+def _verdict(comparison: Comparison) -> str:
     fit, widest, e = comparison.fits[-1], comparison.fit_widest, comparison.ensembles
     fell = e[0].distances[-1].mean() / e[-1].distances[-1].mean()
     text = (
@@ -109,10 +109,9 @@ def _verdict(comparison: Comparison, n_train: int) -> str:
     )
     if fit.exponent > -0.5:
         return text + (
-            "A slope that is too shallow means that the narrowest networks are not in that regime: "
-            f"fitting {n_train} images inverts the NTK on them, which is near its limit only where "
-            "the width is large beside their number; below, the distance grows less than 1/√width. "
-            "Larger --widths or fewer --steps bring the slope nearer."
+            "A slope that is too shallow says that for the narrowest networks higher orders in "
+            "1/√width count. They count the more the closer the training images are fitted: "
+            "larger --widths or fewer --steps bring the slope nearer to −1/2."
         )
     return text + (
         "A slope that is too steep means that the narrowest networks are outside the regime of the "
@@ -308,7 +307,7 @@ of each width.
 
 ## Does the distance fall as 1/√width?
 
-{_verdict(comparison, n_train)}
+{_verdict(comparison)}
 
 The slope during training:
 
