@@ -18,7 +18,6 @@ import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
-import inspect
 import sys
 import types
 import warnings
@@ -212,12 +211,11 @@ def _ad_imports() -> bool:
 
 
 def _linearize() -> bool:
-    # `ad.linearize` takes a pytree of primals since JAX 0.10.0; before, it took them one by one.
-    from neural_tangents._src import empirical
-
-    parameters = inspect.signature(empirical.ad.linearize).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    # `ad.linearize` returns booleans in place of partial values since JAX 0.10.1, which does not
+    # show before it is called, and takes a pytree of primals since 0.10.2.
+    if jax.__version_info__ < (0, 10, 1):
         return False
+    from neural_tangents._src import empirical
 
     unknown = types.SimpleNamespace(is_known=lambda: False)
 
@@ -232,7 +230,7 @@ def _linearize() -> bool:
 
 
 def _transpose_rules() -> bool:
-    # Since JAX 0.9.0 the transposes of `slice`, `dynamic_slice` and others are in a private
+    # Since JAX 0.9.1 the transposes of `slice`, `dynamic_slice` and others are in a private
     # table; `Primitive.map_primitive` and `ad.reducing_transposes` were removed in 0.10.0.
     from neural_tangents._src import empirical
 
