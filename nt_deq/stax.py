@@ -6,7 +6,8 @@ Everything that `neural_tangents.stax` exports is here too, so that one import c
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -24,6 +25,17 @@ from nt_deq.solvers import Solver
 __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + ["DEQ", "FixedPoint"]
 
 _MASKED: Any = _nt_stax.MaskedArray  # typed as a class without fields
+
+
+def _full_precision(fn: Callable) -> Callable:
+    """Makes the products in neural-tangents' layers exact: a TPU's default keeps 8 bits."""
+
+    @wraps(fn)
+    def wrapped(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return fn(*args, **kwargs)
+
+    return wrapped
 
 
 @_nt_stax.layer
@@ -76,6 +88,7 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None):
         fixed_point.check_shape(cell_shape, shape)
         return shape, (cell_params, inject_params)
 
+    @_full_precision
     def apply_fn(params: Any, inputs: Any, **kwargs: Any) -> Any:
         u = inject_apply(params[1], inputs, **kwargs)
         kwargs.pop("mask_constant", None)  # a value of the inputs, not of z
@@ -87,7 +100,10 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None):
         return _MASKED(z, mask) if masked else z
 
     @_nt_stax.requires(**requirements)
+    @_full_precision
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
+        if kwargs.get("pattern") is not None:
+            raise NotImplementedError("FixedPoint does not take the `pattern` of stax.Aggregate.")
         u = fixed_point.unreversed(inject_kernel(k, **kwargs))
         fixed_point.check_cell(cell, u)
         z, *inputs = solve(u)
@@ -158,6 +174,7 @@ def DEQ(
         output_shape, inject = inject_init(rng_inject, input_shape)
         return output_shape, (hidden_init(rng_hidden, output_shape)[1], inject)
 
+    @_full_precision
     def apply_fn(params: Any, inputs: Any, **kwargs: Any) -> Any:
         del kwargs  # no layer inside is random
         _check_vectors(inputs.shape)
@@ -166,6 +183,7 @@ def DEQ(
         return phi.fn(equilibrium(layer, jnp.zeros_like(u), (hidden, u)))
 
     @_nt_stax.requires(batch_axis=0, channel_axis=-1, diagonal_spatial=_nt_stax.Diagonal())
+    @_full_precision
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
         _check_vectors(k.shape1)
         u = inject_kernel(k, **kwargs)

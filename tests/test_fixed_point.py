@@ -286,7 +286,7 @@ def test_no_equilibrium(name):
     }[name]
     kernel_fn = stax.FixedPoint(cell, CASES[name][1])[2]
     with pytest.raises(
-        NoEquilibriumError, match="which has to be below 1, and does not for [34] of"
+        NoEquilibriumError, match=r"which has to be below 1, and does not for [34] of"
     ):
         kernel_fn(x)
     traced = jax.jit(lambda x: kernel_fn(x, None, ("nngp", "ntk")))(x)
