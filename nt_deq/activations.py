@@ -7,19 +7,23 @@ For `(u, u') ~ N(0, [[k1, c], [c, k2]])` the infinite-width kernels need the *du
 
 The formulas here are closed forms, evaluated through `arctan2` of a shared square root instead of
 `arccos` or `arcsin`: near `u = u'` the rounding errors of their terms then cancel instead of adding
-up, and their derivatives are finite there.
+up, and their derivatives are finite there. A function without a closed form is expanded in Hermite
+polynomials (`nt_deq.hermite`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.special import erf
+
+from nt_deq import hermite
 
 Moments = tuple[Array, Array]
 
@@ -46,27 +50,42 @@ class Activation:
     homogeneous: bool = False
 
 
-def get_activation(activation: str | Activation) -> Activation:
-    """Returns the `Activation` that a name or an `Activation` stands for.
+def get_activation(activation: str | Activation | Callable[[Array], Array]) -> Activation:
+    """Returns the `Activation` that a name, an `Activation` or a function stands for.
+
+    An elementwise JAX function is expanded in Hermite polynomials by `nt_deq.hermite`, unless it is
+    the `fn` of one of `nt_deq.activations`, as `jnp.tanh` is. The same function object gives the
+    same `Activation`.
 
     Raises:
-      ValueError: the name is not in `nt_deq.activations`.
-      TypeError: it is neither a name nor an `Activation`.
+      ValueError: the name is not in `nt_deq.activations`, or the function has no usable expansion:
+        it is not elementwise, real, finite and smooth.
+      TypeError: it is neither a name nor an `Activation` nor a function.
     """
     if isinstance(activation, Activation):
         return activation
-    if not isinstance(activation, str):
+    if isinstance(activation, str):
+        if activation not in activations:
+            raise ValueError(
+                f"activation={activation!r} is unknown; use one of {', '.join(activations)}, an "
+                "elementwise JAX function, or an nt_deq.Activation of your own."
+            )
+        return activations[activation]
+    if not callable(activation):
         raise TypeError(
-            f"activation={activation!r} is neither a name nor an nt_deq.Activation: its "
-            "expectations are not known; wrap it in nt_deq.Activation(name, fn, dual, "
-            "dual_diagonal, lipschitz)."
+            f"activation={activation!r} is neither a name nor an nt_deq.Activation nor an "
+            "elementwise JAX function."
         )
-    if activation not in activations:
-        raise ValueError(
-            f"activation={activation!r} is unknown; use one of {', '.join(activations)}, or an "
-            "nt_deq.Activation of your own."
-        )
-    return activations[activation]
+    return _from_function(activation)
+
+
+@lru_cache(maxsize=1024)
+def _from_function(fn: Callable[[Array], Array]) -> Activation:
+    for known in activations.values():
+        if known.fn is fn:
+            return known
+    name = getattr(fn, "__name__", repr(fn))
+    return smooth(name, fn, hermite.check(name, fn))
 
 
 def _clip(x: Array, lower: float | None, upper: float | None) -> Array:
@@ -128,6 +147,13 @@ def piecewise_linear(name: str, negative: float, positive: float) -> Activation:
 
     lipschitz = max(abs(negative), abs(positive))
     return Activation(name, fn, dual, dual_diagonal, lipschitz, homogeneous=True)
+
+
+def smooth(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activation:
+    """An elementwise smooth `φ` whose expectations are known by its Hermite expansion alone."""
+    return Activation(
+        name, fn, partial(hermite.dual, fn, fn), partial(hermite.dual_diagonal, fn), lipschitz
+    )
 
 
 def _erf_dual(k1, k2, c):
@@ -199,6 +225,10 @@ activations: Mapping[str, Activation] = MappingProxyType(
             ),
             Activation("sin", jnp.sin, _damped_hyperbolic, _sin_dual_diagonal, lipschitz=1.0),
             Activation("cos", jnp.cos, _cos_dual, _cos_dual_diagonal, lipschitz=1.0),
+            smooth("tanh", jnp.tanh, lipschitz=1.0),
+            smooth("sigmoid", jax.nn.sigmoid, lipschitz=0.25),
+            smooth("softplus", jax.nn.softplus, lipschitz=1.0),
+            smooth("silu", jax.nn.silu, lipschitz=1.0998393201288643),
         )
     }
 )
