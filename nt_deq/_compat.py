@@ -316,6 +316,22 @@ def _eigvalsh() -> bool:
     return True
 
 
+def _input_precision() -> bool:
+    # Not a matter of versions: the covariance of the inputs, from which every kernel starts, is a
+    # product in the platform's default precision, which on a TPU or a recent GPU is not float32's.
+    from neural_tangents._src.stax import requirements
+
+    inputs_to_kernel = requirements._inputs_to_kernel
+
+    @functools.wraps(inputs_to_kernel)
+    def at_full_precision(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return inputs_to_kernel(*args, **kwargs)
+
+    requirements._inputs_to_kernel = at_full_precision
+    return True
+
+
 _PATCHES: dict[str, Callable[[], bool]] = {
     "jax.core.DShapedArray": _dshaped_array,
     "jax.interpreters.ad.source_info_util": _ad_imports,
@@ -324,4 +340,5 @@ _PATCHES: dict[str, Callable[[], bool]] = {
     "jax.stages.Compiled.cost_analysis": _cost_analysis,
     "jax.core.eval_context": _eval_context,
     "scipy.linalg.eigvalsh": _eigvalsh,
+    "jax.default_matmul_precision": _input_precision,
 }

@@ -95,6 +95,7 @@ def test_each_bridge_is_applied_where_it_is_needed():
         "jax.stages.Compiled.cost_analysis": True,
         "jax.core.eval_context": True,
         "scipy.linalg.eigvalsh": True,
+        "jax.default_matmul_precision": True,
     }
 
 
