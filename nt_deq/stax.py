@@ -1,7 +1,8 @@
 """`neural_tangents.stax` with networks of infinite depth.
 
 Everything that `neural_tangents.stax` exports is here too, so that one import changes:
-`from nt_deq import stax`.
+`from nt_deq import stax`. `Relu`, `LeakyRelu`, `Abs` and `ABRelu` compute the same functions with
+kernels that are exact, and differentiable, where an input meets itself.
 """
 
 from __future__ import annotations
@@ -17,14 +18,74 @@ from neural_tangents import stax as _nt_stax
 from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
 from nt_deq import _checks, fixed_point
-from nt_deq.activations import Activation, get_activation
+from nt_deq.activations import Activation, get_activation, piecewise_linear
 from nt_deq.equilibrium import equilibrium
 from nt_deq.kernel import get_solver, raise_unless_converged, solve_equilibrium
+from nt_deq.nonlinearity import apply_dual
 from nt_deq.solvers import Solver
 
-__all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + ["DEQ", "FixedPoint"]
+__all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
+    "DEQ",
+    "FixedPoint",
+    "Nonlinearity",
+]
 
 _MASKED: Any = _nt_stax.MaskedArray  # typed as a class without fields
+
+
+@_nt_stax.layer
+@_nt_stax.supports_masking(remask_kernel=True)
+def Nonlinearity(activation: str | Activation):
+    """An elementwise nonlinearity `φ` with its exact kernel.
+
+    Args:
+      activation: `φ`: a name from `nt_deq.activations`, or an `nt_deq.Activation`.
+
+    Returns:
+      `(init_fn, apply_fn, kernel_fn)`.
+    """
+    phi = get_activation(activation)
+
+    def init_fn(rng, input_shape, **kwargs):
+        del rng, kwargs
+        return input_shape, ()
+
+    def apply_fn(params: Any, inputs: Any, **kwargs: Any) -> Any:
+        del params, kwargs
+        return phi.fn(inputs)
+
+    @_nt_stax.requires(diagonal_spatial=_nt_stax.Diagonal())
+    def kernel_fn(k: Any, **kwargs: Any) -> Any:
+        del kwargs
+        return apply_dual(phi, k)
+
+    return init_fn, apply_fn, kernel_fn
+
+
+def ABRelu(a: float, b: float, do_stabilize: bool = False) -> Any:
+    """`a · min(z, 0) + b · max(z, 0)`, as `neural_tangents.stax.ABRelu`.
+
+    That one's NTK has an error of `√ε` where an input meets itself, and its derivatives there are
+    wrong or NaN; these are not. `do_stabilize` is for very deep explicit networks, and left to it.
+    """
+    if do_stabilize:
+        return _nt_stax.ABRelu(a, b, do_stabilize)
+    return Nonlinearity(piecewise_linear(f"ABRelu({a}, {b})", a, b))
+
+
+def Relu(do_stabilize: bool = False) -> Any:
+    """`max(z, 0)`: see `ABRelu`."""
+    return ABRelu(0.0, 1.0, do_stabilize)
+
+
+def LeakyRelu(alpha: float, do_stabilize: bool = False) -> Any:
+    """`alpha · min(z, 0) + max(z, 0)`: see `ABRelu`."""
+    return ABRelu(alpha, 1.0, do_stabilize)
+
+
+def Abs(do_stabilize: bool = False) -> Any:
+    """`|z|`: see `ABRelu`."""
+    return ABRelu(-1.0, 1.0, do_stabilize)
 
 
 def _full_precision(fn: Callable) -> Callable:

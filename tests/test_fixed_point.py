@@ -13,51 +13,43 @@ from nt_deq.fixed_point import unreversed
 WIDTH = 32
 
 
-def dense(W_std=0.8, b_std=0.1, **kwargs):
-    return stax.Dense(WIDTH, W_std, b_std, **kwargs)
+VECTORS, IMAGES, SEQUENCES = (4, 6), (3, 4, 4, 2), (3, 5, 2)
 
 
-def conv(W_std=0.9, b_std=0.1, filter_shape=(3, 3), padding="SAME"):
-    return stax.Conv(WIDTH, filter_shape, padding=padding, W_std=W_std, b_std=b_std)
+def cases(stax):
+    """Cell, injection and shape of the inputs, from ours or from the original `stax`."""
+    serial, relu, erf = stax.serial, stax.Relu(), stax.Erf()
 
+    def dense(W_std=0.8, b_std=0.1):
+        return stax.Dense(WIDTH, W_std, b_std)
 
-def attention():
-    return stax.GlobalSelfAttention(
+    def conv(filter_shape=(3, 3), padding="SAME"):
+        return stax.Conv(WIDTH, filter_shape, padding=padding, W_std=0.9, b_std=0.1)
+
+    attention = stax.GlobalSelfAttention(
         WIDTH, n_chan_key=WIDTH, n_chan_val=WIDTH, n_heads=2, linear_scaling=True, W_value_std=0.7
     )
+    branches = stax.parallel(serial(relu, dense(1.0)), serial(erf, stax.Dense(WIDTH, 0.5)))
+    pool = stax.AvgPool((3, 3), (1, 1), "SAME")
+    circular, line = conv(padding="CIRCULAR"), conv((3,))
+    return {
+        "dense": (serial(relu, dense(1.1)), dense(), VECTORS),
+        "leaky": (serial(stax.LeakyRelu(0.2), dense(1.1)), dense(), VECTORS),
+        "two_hidden": (serial(relu, dense(1.0), erf, dense()), dense(), VECTORS),
+        "dropout": (serial(relu, stax.Dropout(0.9), dense()), dense(), VECTORS),
+        "layer_norm": (serial(stax.LayerNorm(), relu, dense()), dense(), VECTORS),
+        "branches": (serial(stax.FanOut(2), branches, stax.FanInSum()), dense(), VECTORS),
+        "conv": (serial(relu, conv()), conv(), IMAGES),
+        "conv_circular": (serial(erf, circular), circular, IMAGES),
+        "conv_1d": (serial(stax.Abs(), line), line, SEQUENCES),
+        "conv_pool": (serial(relu, conv(), pool), conv(), IMAGES),
+        "attention": (serial(relu, attention), conv((1, 1)), IMAGES),
+        "dense_on_images": (serial(relu, dense(1.1)), dense(), IMAGES),
+    }
 
 
-VECTORS, IMAGES, SEQUENCES = (4, 6), (3, 4, 4, 2), (3, 5, 2)
-relu_dense = stax.serial(stax.Relu(), dense(1.1))
-CASES = {
-    "dense": (relu_dense, dense(), VECTORS),
-    "two_hidden": (
-        stax.serial(stax.Relu(), dense(1.0), stax.Erf(), dense()), dense(), VECTORS
-    ),
-    "dropout": (stax.serial(stax.Relu(), stax.Dropout(0.9), dense()), dense(), VECTORS),
-    "layer_norm": (stax.serial(stax.LayerNorm(), stax.Relu(), dense()), dense(), VECTORS),
-    "branches": (
-        stax.serial(
-            stax.FanOut(2),
-            stax.parallel(relu_dense, stax.serial(stax.Erf(), dense(0.5))),
-            stax.FanInSum(),
-        ),
-        dense(),
-        VECTORS,
-    ),
-    "conv": (stax.serial(stax.Relu(), conv()), conv(), IMAGES),
-    "conv_circular": (
-        stax.serial(stax.Erf(), conv(padding="CIRCULAR")), conv(padding="CIRCULAR"), IMAGES
-    ),
-    "conv_1d": (
-        stax.serial(stax.Relu(), conv(filter_shape=(3,))), conv(filter_shape=(3,)), SEQUENCES
-    ),
-    "conv_pool": (
-        stax.serial(stax.Relu(), conv(), stax.AvgPool((3, 3), (1, 1), "SAME")), conv(), IMAGES
-    ),
-    "attention": (stax.serial(stax.Relu(), attention()), conv(filter_shape=(1, 1)), IMAGES),
-    "dense_on_images": (relu_dense, dense(), IMAGES),
-}  # fmt: skip
+CASES, ORIGINAL = cases(stax), cases(nt.stax)
+DENSE = stax.Dense(WIDTH)
 
 
 def pair(shape):
@@ -88,10 +80,10 @@ def test_it_is_the_limit_of_explicit_layers(x64, name):
     x1, x2 = pair(shape)
     for other in (None, x2):
         ours = unreversed(stax.FixedPoint(cell, inject)[2](x1, other))
-        explicit = unrolled(cell, inject, x1, other)
+        explicit = unrolled(*ORIGINAL[name][:2], x1, other)
         for get in ("cov1", "nngp", "ntk"):
             a, b = getattr(ours, get), getattr(explicit, get)
-            # Where x meets itself the explicit κ₀(ρ) is off by √ε, since ρ = 1 - ε.
+            # Where x meets itself the original's κ₀(ρ) is off by √ε, since ρ = 1 - ε.
             # Anderson stops at 8 ε over one less the rate.
             atol = {"ntk": 1e-8 if other is None else 1e-12}.get(get, 1e-13)
             np.testing.assert_allclose(a, b, rtol=0, atol=atol * np.abs(b).max(), err_msg=get)
@@ -180,7 +172,7 @@ def test_it_composes(x64):
     x1, x2 = pair(IMAGES)
     for after in ((stax.Flatten(),), (stax.GlobalAvgPool(),)):
         first = stax.FixedPoint(*CASES["conv"][:2])
-        second = stax.FixedPoint(stax.serial(stax.Erf(), dense(0.5)), dense())
+        second = stax.FixedPoint(stax.serial(stax.Erf(), stax.Dense(WIDTH, 0.5)), stax.Dense(WIDTH))
         init_fn, apply_fn, kernel_fn = stax.serial(
             first, *after, stax.Dense(WIDTH), stax.Relu(), second, stax.Erf(), stax.Dense(2)
         )
@@ -225,7 +217,7 @@ def test_masks(x64):
     short = random.normal(random.key(0), (2, 3, 2))
     padded = jnp.concatenate([short, jnp.full((2, 2, 2), 100.0)], axis=1)
     layer = stax.serial(
-        stax.FixedPoint(stax.serial(stax.Relu(), dense(0.9)), dense()),
+        stax.FixedPoint(stax.serial(stax.Relu(), stax.Dense(WIDTH, 0.9)), stax.Dense(WIDTH)),
         stax.GlobalAvgPool(),
         stax.Dense(1),
     )
@@ -266,6 +258,49 @@ def test_derivatives(x64, name):
     np.testing.assert_allclose(hessian, second, rtol=1e-5, atol=1e-6)
 
 
+def test_derivatives_where_an_input_meets_itself(dtype):
+    """The ReLU network is homogeneous: dΘ(s x, s x')/ds = 2 Θ(x, x') at s = 1, duplicates too."""
+    x = random.normal(random.key(0), (3, 4))
+    x = jnp.concatenate([x, x[:1], -x[:1]])
+    kernel_fn = stax.FixedPoint(stax.serial(stax.Relu(), stax.Dense(1, 1.2)), stax.Dense(1))[2]
+    kernel, derivative = jax.jvp(lambda s: kernel_fn(s * x, None, "ntk"), (1.0,), (1.0,))
+    eps = jnp.finfo(dtype).eps
+    scale = 100 * eps * np.abs(kernel).max()
+    np.testing.assert_allclose(derivative, 2 * kernel, rtol=0, atol=scale)
+    diagonal = np.sum(np.asarray(x) ** 2, axis=1) / 4 / (1 - 0.72) ** 2
+    np.testing.assert_allclose(np.diag(kernel), diagonal, rtol=100 * eps)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "abs", "erf", "gelu", "sin"])
+@pytest.mark.parametrize("diagonal_spatial", [True, False])
+def test_nonlinearities_have_the_kernels_of_the_original(x64, name, diagonal_spatial):
+    x1, x2 = pair(IMAGES)
+    original = {
+        "relu": nt.stax.Relu(),
+        "leaky_relu": nt.stax.LeakyRelu(0.01),
+        "abs": nt.stax.Abs(),
+        "erf": nt.stax.Erf(),
+        "gelu": nt.stax.Gelu(),
+        "sin": nt.stax.Sin(),
+    }[name]
+    for layer in (stax.Dense(WIDTH), stax.Conv(WIDTH, (3, 2), padding="SAME")):
+        ours = stax.serial(layer, stax.Nonlinearity(name))
+        theirs = stax.serial(layer, original)
+        np.testing.assert_allclose(
+            ours[1](ours[0](random.key(0), x1.shape)[1], x1),
+            theirs[1](theirs[0](random.key(0), x1.shape)[1], x1),
+            atol=1e-12,
+        )
+        for other in (None, x2):
+            a, b = (f[2](x1, other, diagonal_spatial=diagonal_spatial) for f in (ours, theirs))
+            for get in ("cov1", "cov2", "nngp", "ntk"):
+                if getattr(a, get) is None:
+                    assert getattr(b, get) is None
+                    continue
+                atol = 1e-7 if get == "ntk" else 1e-12
+                np.testing.assert_allclose(getattr(a, get), getattr(b, get), atol=atol)
+
+
 def test_the_program_does_not_grow_with_the_steps():
     x, _ = pair(SEQUENCES)
     cell, inject, _ = CASES["conv_1d"]
@@ -281,8 +316,8 @@ def test_the_program_does_not_grow_with_the_steps():
 def test_no_equilibrium(name):
     x, _ = pair(CASES[name][2])
     cell = {
-        "dense": stax.serial(stax.Relu(), dense(1.5)),
-        "conv_1d": stax.serial(stax.Relu(), conv(1.6, filter_shape=(3,), padding="CIRCULAR")),
+        "dense": stax.serial(stax.Relu(), stax.Dense(WIDTH, 1.5)),
+        "conv_1d": stax.serial(stax.Relu(), stax.Conv(WIDTH, (3,), padding="CIRCULAR", W_std=1.6)),
     }[name]
     kernel_fn = stax.FixedPoint(cell, CASES[name][1])[2]
     with pytest.raises(
@@ -303,22 +338,22 @@ def test_too_few_steps():
 @pytest.mark.parametrize(
     ("cell", "inject", "message"),
     [
-        (stax.serial(dense(), stax.Relu()), dense(), "last layer is not linear.*put phi after it"),
+        (stax.serial(DENSE, stax.Relu()), DENSE, "last layer is not linear.*put phi after it"),
         (
             stax.serial(stax.Relu(), stax.Dense(8)),
-            dense(),
+            DENSE,
             r"turns z of shape \(4, 32\) into \(4, 8",
         ),
         (
-            relu_dense,
-            stax.serial(dense(), stax.Relu()),
+            CASES["dense"][0],
+            stax.serial(DENSE, stax.Relu()),
             "inject does not end in a layer with random",
         ),
         (
             stax.serial(
-                stax.FanOut(2), stax.parallel(stax.Identity(), relu_dense), stax.FanInSum()
+                stax.FanOut(2), stax.parallel(stax.Identity(), CASES["dense"][0]), stax.FanInSum()
             ),
-            dense(),
+            DENSE,
             "without random weights on the way",
         ),
     ],
@@ -337,7 +372,7 @@ def test_solvers_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="couples them over space"):
         stax.FixedPoint(*CASES["conv_1d"][:2], Newton())[2](x)
     with pytest.raises(TypeError, match="solver=3 is not a solver"):
-        stax.FixedPoint(relu_dense, dense(), 3)
+        stax.FixedPoint(CASES["dense"][0], DENSE, 3)
     with pytest.raises(ValueError, match=r"window=0\) *|window has to be"):
         Anderson(window=0)
     with pytest.raises(ValueError, match="regularization=2"):
