@@ -124,7 +124,9 @@ class Iteration(optimistix.AbstractFixedPointSolver):
         """One layer for the samples that still move."""
         del options, tags
         value, aux = fn(y, args)
-        excess = self.norm(value - y) - (self.atol + self.rtol * self.norm(value))
+        allowed = self.atol + self.rtol * self.norm(value)
+        # A norm that has overflowed allows nothing.
+        excess = jnp.where(jnp.isfinite(allowed), self.norm(value - y) - allowed, jnp.nan)
         moving = state.excess > 0
         y = jnp.where(moving.reshape(-1, *[1] * (y.ndim - 1)), value, y)
         return y, _Residual(jnp.where(moving, excess, state.excess)), aux

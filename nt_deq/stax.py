@@ -17,7 +17,8 @@ from jax import Array, random
 from neural_tangents import stax as _nt_stax
 from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
-from nt_deq import _checks, fixed_point
+from nt_deq import _checks
+from nt_deq import fixed_point as _fixed_point
 from nt_deq.activations import Activation, get_activation, piecewise_linear
 from nt_deq.equilibrium import equilibrium
 from nt_deq.kernel import get_solver, raise_unless_converged, solve_equilibrium
@@ -133,7 +134,7 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None):
     composed: Any = _nt_stax.serial(inject, cell, cell)[2]
     requirements = composed.input_req
     batch_axis = requirements.get("batch_axis", 0)
-    solve = jax.jit(partial(fixed_point.solve_fixed_point, cell_kernel, solver=solver))
+    solve = jax.jit(partial(_fixed_point.solve_fixed_point, cell_kernel, solver=solver))
 
     def layer(z, args):
         params, u, mask, kwargs = args
@@ -146,7 +147,7 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None):
         rng_cell, rng_inject = random.split(rng)
         shape, inject_params = inject_init(rng_inject, input_shape, **kwargs)
         cell_shape, cell_params = cell_init(rng_cell, shape, **kwargs)
-        fixed_point.check_shape(cell_shape, shape)
+        _fixed_point.check_shape(cell_shape, shape)
         return shape, (cell_params, inject_params)
 
     @_full_precision
@@ -165,10 +166,10 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None):
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
         if kwargs.get("pattern") is not None:
             raise NotImplementedError("FixedPoint does not take the `pattern` of stax.Aggregate.")
-        u = fixed_point.unreversed(inject_kernel(k, **kwargs))
-        fixed_point.check_cell(cell, u)
+        u = _fixed_point.unreversed(inject_kernel(k, **kwargs))
+        _fixed_point.check_cell(cell, u)
         z, *inputs = solve(u)
-        fixed_point.raise_unless_converged(*inputs)
+        _fixed_point.raise_unless_converged(*inputs)
         return z
 
     return init_fn, apply_fn, kernel_fn
@@ -186,9 +187,10 @@ def DEQ(
 ):
     """A deep equilibrium layer, a fully-connected network of infinite depth with tied weights.
 
-    `h* = φ(z*)` with `z* = W_std/√width · φ(z*) W + U_std/√d · x U + b_std · b`. Its kernel is the
-    fixed point of the layer's kernel (`nt_deq.kernel`); a readout `stax.Dense(out)` makes it a
-    network. Inputs have shape `(batch, d)`.
+    `h* = φ(z*)` with `z* = W_std/√width · φ(z*) W + U_std/√d · x U + b_std · b`: the special case
+    `serial(FixedPoint(serial(φ, Dense), Dense), φ)`, whose kernel has faster solvers
+    (`nt_deq.kernel`) for inputs `(batch, d)`. On images it acts on every pixel by itself. A readout
+    `stax.Dense(out)` makes it a network.
 
     Args:
       width: size of the state `z` of the finite network.
@@ -221,33 +223,24 @@ def DEQ(
     method = get_solver(solver)
     # neural-tangents types a kernel as any tree of kernels.
     dense: Any = partial(_nt_stax.Dense, width, parameterization=parameterization)
-    hidden_init, hidden_apply, hidden_kernel = dense(W_std)
-    inject_init, inject_apply, inject_kernel = dense(U_std, b_std)
-
-    def layer(z, args):
-        hidden, u = args
-        return hidden_apply(hidden, phi.fn(z)) + u
+    hidden, inject, nonlinearity = dense(W_std), dense(U_std, b_std), Nonlinearity(phi)
+    fixed_point = FixedPoint(_nt_stax.serial(nonlinearity, hidden), inject, solver)
+    composed_init, composed_apply, composed_kernel = _nt_stax.serial(fixed_point, nonlinearity)
 
     def init_fn(rng, input_shape, **kwargs):
-        del kwargs
-        _check_vectors(input_shape)
-        rng_hidden, rng_inject = random.split(rng)
-        output_shape, inject = inject_init(rng_inject, input_shape)
-        return output_shape, (hidden_init(rng_hidden, output_shape)[1], inject)
+        shape, (((_, hidden), inject), _) = composed_init(rng, input_shape, **kwargs)
+        return shape, (hidden, inject)
 
-    @_full_precision
     def apply_fn(params: Any, inputs: Any, **kwargs: Any) -> Any:
-        del kwargs  # no layer inside is random
-        _check_vectors(inputs.shape)
         hidden, inject = params
-        u = inject_apply(inject, inputs)
-        return phi.fn(equilibrium(layer, jnp.zeros_like(u), (hidden, u)))
+        return composed_apply(((((), hidden), inject), ()), inputs, **kwargs)
 
     @_nt_stax.requires(batch_axis=0, channel_axis=-1, diagonal_spatial=_nt_stax.Diagonal())
     @_full_precision
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
-        _check_vectors(k.shape1)
-        u = inject_kernel(k, **kwargs)
+        if len(k.shape1) != 2 or k.mask1 is not None or k.mask2 is not None:
+            return composed_kernel(k, **kwargs)
+        u = inject[2](k, **kwargs)
         W_var = jnp.square(jnp.asarray(W_std, u.nngp.dtype))
         solution = solve_equilibrium(phi, method, W_var, u.cov1, u.cov2, u.nngp)
         raise_unless_converged(phi, method, W_std, solution)
@@ -260,16 +253,8 @@ def DEQ(
         if u.ntk is None:
             return out
         # What the weights of one layer add to the NTK; the rest comes back through z*.
-        added = hidden_kernel(out.replace(ntk=jnp.zeros_like(u.ntk)), **kwargs).ntk + u.ntk
+        added = hidden[2](out.replace(ntk=jnp.zeros_like(u.ntk)), **kwargs).ntk + u.ntk
         ntk = added / (1 - W_var * solution.dual_slope)
         return out.replace(ntk=solution.dual_slope * ntk)
 
     return init_fn, apply_fn, kernel_fn
-
-
-def _check_vectors(shape: tuple[int, ...]) -> None:
-    if len(shape) != 2:
-        raise ValueError(
-            f"stax.DEQ got inputs of shape {tuple(shape)}; it takes vectors, (batch, features): "
-            "put stax.Flatten() before it."
-        )

@@ -140,7 +140,10 @@ def test_divergence_is_an_error_or_nan():
     def chaotic(z, args):
         return 5 * layer(z, args)
 
-    for f in (diverging, chaotic):
+    def homogeneous(z, args):  # overflows in its norm before it does in its entries
+        return jnp.maximum(z, 0) @ (4 * args[0]) + args[1]
+
+    for f in (diverging, chaotic, homogeneous):
         with pytest.raises(NotConvergedError, match="was not reached in 1000 steps"):
             equilibrium(f, jnp.ones_like(u), (W, u))
         traced = jax.jit(lambda u, f=f: equilibrium(f, jnp.ones_like(u), (W, u)))(u)

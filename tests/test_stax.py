@@ -131,6 +131,20 @@ def test_it_composes(x64):
     np.testing.assert_allclose(kernel_fn(x, x[:2]).ntk, kernels.ntk[:, :2], rtol=1e-7)
 
 
+def test_on_images_every_pixel_is_a_vector(x64):
+    x = random.normal(random.key(0), (2, 3, 2, 5))
+    init_fn, apply_fn, kernel_fn = stax.DEQ(16, 0.8, 1.0, 0.2)
+    kernel = kernel_fn(x, diagonal_spatial=False)
+    pixels = kernel_fn(x.reshape(-1, 5))
+    order = (0, 3, 1, 4, 2, 5)
+    for get in ("nngp", "ntk"):
+        expected = getattr(pixels, get).reshape(2, 3, 2, 2, 3, 2).transpose(order)
+        np.testing.assert_allclose(getattr(kernel, get), expected, atol=1e-11)
+    params = init_fn(random.key(1), x.shape)[1]
+    flat = apply_fn(params, x.reshape(-1, 5))
+    np.testing.assert_allclose(apply_fn(params, x), flat.reshape(2, 3, 2, 16), atol=1e-13)
+
+
 def test_a_stack_is_what_its_parts_say(x64):
     """The NTK of a DEQ on top of a layer: Θ* = (W² V + Θ_inject) / (1 - J), unrolled."""
     x = inputs()
@@ -217,7 +231,8 @@ def test_monte_carlo_and_empirical_kernels(x64):
     ):
         ntk_fn = nt.empirical_ntk_fn(apply_fn, vmap_axes=0, implementation=implementation)
         np.testing.assert_allclose(ntk_fn(x1, x2, params), expected, rtol=1e-10)
-    assert np.abs(expected / kernel_fn(x1, x2, "ntk") - 1).max() < 1  # the same quantity
+    exact = kernel_fn(x1, x2, "ntk")
+    assert np.abs(expected - exact).max() < 0.3 * np.abs(exact).max()  # the same quantity
 
 
 @pytest.mark.smoke
@@ -273,8 +288,6 @@ def test_no_equilibrium():
         (lambda: stax.DEQ(8, 0.5, b_std=float("nan")), "b_std=nan has to be"),
         (lambda: stax.DEQ(8, 0.5, activation="swish"), "activation='swish' is unknown"),
         (lambda: stax.DEQ(8, 0.5, parameterization="mup"), "mup"),
-        (lambda: stax.DEQ(8, 0.5)[2](np.ones((2, 3, 3, 1))), r"put stax\.Flatten\(\) before it"),
-        (lambda: stax.DEQ(8, 0.5)[0](random.key(0), (2, 3, 3, 1)), r"put stax\.Flatten\(\)"),
     ],
 )
 def test_bad_arguments_are_refused(make, message):
