@@ -183,21 +183,27 @@ def _chunk(seed: Array, first: Array, stride: int) -> Array:
 
 
 def _values(fn: Function, k: Array) -> Array:
-    """`fn(√k x)` at the nodes `x`, `(*k.shape, q)`."""
-    return fn(jnp.sqrt(k)[..., None] * _rule(k.dtype).nodes.astype(k.dtype))
+    """`fn(√k x)` at the nodes `x`, `(k.size, q)`: variances of any shape as one axis.
+
+    So the two sides of a kernel of inputs with themselves are one computation to the compiler.
+    """
+    return fn(jnp.sqrt(k).reshape(-1, 1) * _rule(k.dtype).nodes.astype(k.dtype))
 
 
-def _coefficients(rows: Array, values: Array) -> Array:
-    """`(*shape, q)` values to `(rows, *shape)` coefficients."""
-    flat = values.reshape(-1, values.shape[-1])
-    return jnp.matmul(rows, flat.T, precision=lax.Precision.HIGHEST).reshape(-1, *values.shape[:-1])
+def _apply(rows: Array, values: Array) -> Array:
+    """`(m, q)` rows and `(size, q)` values to `(m, size)`."""
+    return jnp.matmul(rows, values.T, precision=lax.Precision.HIGHEST)
+
+
+def _integrate(values: Array) -> Array:
+    """`(size, q)` values to their expectations, `(size,)`."""
+    return _apply(jnp.asarray(_rule(values.dtype).weights, values.dtype)[None], values)[0]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def mean(fn: Function, k: Array) -> Array:
     """`E[fn(√k g)]` for `g ~ N(0, 1)`, elementwise."""
-    weights = jnp.asarray(_rule(k.dtype).weights, k.dtype)
-    return _coefficients(weights[None], _values(fn, k))[0]
+    return _integrate(_values(fn, k)).reshape(k.shape)
 
 
 @mean.defjvp
@@ -274,7 +280,8 @@ def _dual(f, g, k1, k2, c):
         i = chunks - 1 - i
         seed = lax.dynamic_index_in_dim(seeds, i, keepdims=False)
         rows = _chunk(seed, start + i * stride * _CHUNK, stride)
-        b1, b2 = _coefficients(rows, values1), _coefficients(rows, values2)
+        b1 = _apply(rows, values1).reshape(-1, *k1.shape)
+        b2 = _apply(rows, values2).reshape(-1, *k2.shape)
         for n in reversed(range(_CHUNK)):  # Horner's rule, for the polynomial and its derivative
             dp = dp * x + p
             p = p * x + b1[n] * b2[n]
@@ -282,7 +289,7 @@ def _dual(f, g, k1, k2, c):
 
     # Σ b_n b_n ρⁿ⁺¹/(n+1) = b_0 b_0 ρ + ρ^(start+1) p(ρ^stride), and its derivative.
     p, dp = lax.fori_loop(0, chunks, add_chunk, (jnp.zeros_like(rho), jnp.zeros_like(rho)))
-    first = mean(Derivative(f), k1) * mean(Derivative(g), k2)
+    first = _integrate(values1).reshape(k1.shape) * _integrate(values2).reshape(k2.shape)
     power = lax.integer_pow(rho, start)
     integral = rho * (first + power * p)
     slope = first + power * ((start + 1) * p + stride * x * dp)
