@@ -231,6 +231,7 @@ def test_masks(x64):
     )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["erf_dense", "erf_conv"])
 def test_derivatives(x64, name):
     """Implicit, in the input and in a traced parameter of the cell, to second order."""
@@ -312,6 +313,7 @@ def test_the_program_does_not_grow_with_the_steps():
     assert abs(size(10) - size(1000)) < 100
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["dense", "conv_1d"])
 def test_no_equilibrium(name):
     x, _ = pair(CASES[name][2])
