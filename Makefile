@@ -59,5 +59,5 @@ clean:
 .venvs/jax-%/.ready: pyproject.toml | .venv/.ready
 	$(UV) venv --quiet --clear --python .venv/bin/python .venvs/jax-$*
 	$(UV) pip install --quiet --python .venvs/jax-$* --no-build --resolution $(or $(RESOLUTION),highest) \
-	  "jax==$*" "jaxlib==$*" -e ".[sklearn,test]"
+	  "jax==$*" "jaxlib==$*" -e ".[experiments,test]"
 	@touch $@
