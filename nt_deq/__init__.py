@@ -13,11 +13,12 @@ from nt_deq.kernel import (  # noqa: E402
     NotConvergedError,
     deq_kernel,
 )
-from nt_deq.solvers import Anderson, Newton, Picard  # noqa: E402
+from nt_deq.solvers import Anderson, Chebyshev, Newton, Picard  # noqa: E402
 
 __all__ = [
     "Activation",
     "Anderson",
+    "Chebyshev",
     "KernelSolution",
     "Newton",
     "NoEquilibriumError",

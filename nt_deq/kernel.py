@@ -10,7 +10,8 @@ derivatives (`nt_deq.activations`),
 
 No pair of inputs enters another's equation. So the diagonal is solved first, one scalar equation an
 input; then every pair is one scalar equation in its covariance; and Θ*, which is linear, is written
-down.
+down. For a positively homogeneous φ the equations of all pairs are one function of the correlation
+of the inputs, and a series (`nt_deq.Chebyshev`) takes the place of the iterations.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from jax import Array, lax
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
-from nt_deq.solvers import Newton, Root, Solver, rounding, solve
+from nt_deq.solvers import Chebyshev, Newton, Root, Solver, rounding, solve
+from nt_deq.solvers.chebyshev import arc_moment, sine
 
 
 class NoEquilibriumError(ValueError):
@@ -83,7 +85,8 @@ def deq_kernel(
       U_std: standard deviation of the input weights, `>= 0`; may be traced.
       b_std: standard deviation of the bias, `>= 0`; may be traced.
       activation: `φ`: a name from `nt_deq.activations`, or an `nt_deq.Activation`.
-      solver: `nt_deq.Newton()`, which `None` stands for, or `nt_deq.Picard()`.
+      solver: `None` is `nt_deq.Chebyshev()` for a homogeneous activation (relu, leaky_relu, abs,
+        identity) and `nt_deq.Newton()` for the others; `nt_deq.Picard()` is the plain iteration.
 
     Returns:
       A `KernelSolution` in the dtype of `x1` and `x2`.
@@ -95,7 +98,7 @@ def deq_kernel(
       ValueError, TypeError: an argument cannot be right; the message says why.
     """
     activation = get_activation(activation)
-    solver = get_solver(solver)
+    solver = get_solver(solver, activation)
     for name, value in (("W_std", W_std), ("U_std", U_std), ("b_std", b_std)):
         _checks.standard_deviation(name, value)
     x1 = _checks.inputs("x1", x1)
@@ -114,13 +117,26 @@ def deq_kernel(
     return _summary(W_var, equilibrium)
 
 
-def get_solver(solver: Solver | None) -> Solver:
-    """Returns the solver to use: `Newton()` for `None`, since the entries are independent."""
+def get_solver(solver: Solver | None, activation: Activation | None = None) -> Solver:
+    """Returns the solver of independent entries to use, or raises.
+
+    Args:
+      solver: what the user asked for; `None` is `Chebyshev()` for a homogeneous activation and
+        `Newton()` without.
+      activation: `φ`, where the equation is that of this module.
+    """
+    homogeneous = activation is not None and activation.homogeneous
     if solver is None:
-        return Newton()
+        return Chebyshev() if homogeneous else Newton()
     if not isinstance(solver, Solver):
         raise TypeError(
             f"solver={solver!r} is not a solver; pass nt_deq.Newton(), nt_deq.Picard() or None."
+        )
+    if isinstance(solver, Chebyshev) and not homogeneous:
+        needed = "a homogeneous activation (relu, leaky_relu, abs, identity) of a fully-connected"
+        given = "this layer is another" if activation is None else f"{activation.name!r} is not"
+        raise ValueError(
+            f"solver={solver!r} needs {needed} DEQ, and {given}; pass None or nt_deq.Newton()."
         )
     return solver
 
@@ -183,26 +199,78 @@ def solve_equilibrium(
     """
     first = _solve_marginals(activation, solver, W_var, s1)
     second = first if s2 is None else _solve_marginals(activation, solver, W_var, s2)
+    s2_or_1 = s1 if s2 is None else s2
     k1, k2 = first.variance[:, None], second.variance[None, :]
-
-    scale = jnp.sqrt(k1) * jnp.sqrt(k2)
-    norms = jnp.sqrt(s1)[:, None] * jnp.sqrt(s1 if s2 is None else s2)[None, :]
-    start = scale * jnp.where(norms > 0, jnp.clip(s12 / norms, -1, 1), 0)
-    pair = partial(_pair_map, activation)
-    root = solve(solver, pair, (W_var, s12, k1, k2), start, -scale, scale)
-    covariance = jnp.where(root.converged, root.value, jnp.nan)
-    dual, dual_slope = activation.dual(k1, k2, covariance)
+    correlation = jnp.clip(s12 * (_inverse_root(s1)[:, None] * _inverse_root(s2_or_1)), -1, 1)
+    args = (W_var, s12, k1, k2)
+    if isinstance(solver, Chebyshev):
+        covariance, dual, dual_slope, root = _solve_by_angle(activation, solver, args, correlation)
+    else:
+        scale = jnp.sqrt(k1) * jnp.sqrt(k2)
+        pair = partial(_pair_map, activation)
+        root = solve(solver, pair, args, scale * correlation, -scale, scale)
+        covariance = jnp.where(root.converged, root.value, jnp.nan)
+        dual, dual_slope = activation.dual(k1, k2, covariance)
     if s2 is None:  # one number an input: exact, where ρ = 1 would lose half of the digits of V̇
-        diagonal = jnp.diag_indices(s1.shape[0])
-        covariance = covariance.at[diagonal].set(first.variance)
-        dual = dual.at[diagonal].set(first.second_moment)
-        dual_slope = dual_slope.at[diagonal].set(activation.dual_diagonal(first.variance)[1])
-        root = jax.tree.map(
-            lambda pairs, singles: pairs.at[diagonal].set(singles) if pairs.ndim else pairs,
-            root,
-            first.root,
-        )
+        # Not `.at[].set`: a choice fuses with what comes before and after it.
+        diagonal = jnp.arange(s1.shape[0])[:, None] == jnp.arange(s1.shape[0])
+
+        def exact(pairs, singles):
+            return jnp.where(diagonal, singles, pairs) if pairs.ndim else pairs
+
+        covariance = exact(covariance, first.variance)
+        dual = exact(dual, first.second_moment)
+        dual_slope = exact(dual_slope, activation.dual_diagonal(first.variance)[1])
+        root = jax.tree.map(exact, root, first.root)
     return Equilibrium(first, second, covariance, dual, dual_slope, root)
+
+
+def _inverse_root(s: Array) -> Array:
+    positive = s > 0
+    return jnp.where(positive, lax.rsqrt(jnp.where(positive, s, 1)), 0)
+
+
+def _solve_by_angle(activation, solver, args, correlation) -> tuple[Array, Array, Array, Root]:
+    """`K*`, `V(K*)`, `V̇(K*)` of a homogeneous `φ` from the angles between the states `z*`."""
+    W_var, s12, k1, k2, correlation = lax.stop_gradient((*args, correlation))
+    # Such a φ is linear on both sides of 0: V̇ = moment - bend · angle/π.
+    one = jnp.ones_like(W_var)
+    moment = activation.dual_diagonal(one)[1]
+    bend = 2 * (moment - activation.dual(one, one, 0 * one)[1])
+    square = 2 * (1 - correlation)
+    # Where a Gram matrix of this dtype does not tell two inputs apart, they are the same.
+    chord = jnp.sqrt(jnp.where(square <= 16 * jnp.finfo(square.dtype).eps, 0, square))
+    angle, steps = solver.angles(W_var * bend / (1 - W_var * moment), chord)
+    cosine = 1 - 2 * sine(angle / 2) ** 2
+    scale = jnp.sqrt(k1) * jnp.sqrt(k2)
+    covariance = scale * cosine
+    dual = scale * (moment * cosine + bend * arc_moment(angle))
+    dual_slope = moment - bend / jnp.pi * angle
+    residual = jnp.abs(W_var * dual + s12 - covariance)
+    root = Root(covariance, residual, jnp.isfinite(covariance), steps)
+    return *_differentiable(activation, (covariance, dual, dual_slope), args), root
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(activation, value, args):
+    """`value = (K*, V, V̇)`, with the derivatives in `args` that the equation gives them."""
+    del activation, args
+    return value
+
+
+@_differentiable.defjvp
+def _differentiable_jvp(activation, primals, tangents):
+    value, args = primals
+    # The values in the rule have the rule's own derivatives, so that higher ones are right too.
+    covariance, _, dual_slope = value = _differentiable(activation, value, args)
+    W_var, _, k1, k2 = args
+
+    def fn(*args):
+        return _pair_map(activation, covariance, *args)[0]
+
+    d_covariance = jax.jvp(fn, args, tangents[1])[1] / (1 - W_var * dual_slope)
+    d_duals = jax.jvp(activation.dual, (k1, k2, covariance), (*tangents[1][2:], d_covariance))[1]
+    return value, (d_covariance, *d_duals)
 
 
 def _pair_map(activation, c, W_var, s12, k1, k2):

@@ -23,7 +23,7 @@ from nt_deq.activations import Activation, get_activation, piecewise_linear
 from nt_deq.equilibrium import equilibrium
 from nt_deq.kernel import get_solver, raise_unless_converged, solve_equilibrium
 from nt_deq.nonlinearity import apply_dual
-from nt_deq.solvers import Solver
+from nt_deq.solvers import Chebyshev, Solver
 
 __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
     "DEQ",
@@ -199,7 +199,9 @@ def DEQ(
       U_std: standard deviation of the input weights.
       b_std: standard deviation of the bias; `None` for none.
       activation: `φ`: a name from `nt_deq.activations`, or an `nt_deq.Activation`.
-      solver: of the kernel: `nt_deq.Newton()`, which `None` stands for, or `nt_deq.Picard()`.
+      solver: of the kernel of vectors. `None` is `nt_deq.Chebyshev()` for a homogeneous activation
+        (relu, leaky_relu, abs, identity) and `nt_deq.Newton()` for the others; `nt_deq.Picard()` is
+        the plain iteration.
       parameterization: `'ntk'` or `'standard'`, as of `stax.Dense`.
 
     Returns:
@@ -220,11 +222,12 @@ def DEQ(
     ):
         _checks.standard_deviation(name, std)
     phi = get_activation(activation)
-    method = get_solver(solver)
+    method = get_solver(solver, phi)
     # neural-tangents types a kernel as any tree of kernels.
     dense: Any = partial(_nt_stax.Dense, width, parameterization=parameterization)
     hidden, inject, nonlinearity = dense(W_std), dense(U_std, b_std), Nonlinearity(phi)
-    fixed_point = FixedPoint(_nt_stax.serial(nonlinearity, hidden), inject, solver)
+    elsewhere = None if isinstance(method, Chebyshev) else solver  # on images and masks
+    fixed_point = FixedPoint(_nt_stax.serial(nonlinearity, hidden), inject, elsewhere)
     composed_init, composed_apply, composed_kernel = _nt_stax.serial(fixed_point, nonlinearity)
 
     def init_fn(rng, input_shape, **kwargs):
