@@ -81,7 +81,8 @@ class DEQ(nnx.Module):
       W_std: standard deviation of the recurrent weights.
       U_std: standard deviation of the input weights.
       b_std: standard deviation of the bias; `None` for none.
-      activation: `φ`: a name from `nt_deq.activations`, or an `nt_deq.Activation`.
+      activation: `φ`: a name from `nt_deq.activations`, a smooth elementwise function such as
+        `jnp.tanh`, or an `nt_deq.Activation`.
       solver: what finds `z*`: an optimistix fixed-point solver or root finder, `None` for plain
         iteration of each sample to the last digits (`nt_deq.equilibrium`).
       rngs: draws the parameters from its stream `params`.
@@ -98,7 +99,7 @@ class DEQ(nnx.Module):
         W_std: float,
         U_std: float = 1.0,
         b_std: float | None = None,
-        activation: str | Activation = "relu",
+        activation: str | Activation | Callable[[Array], Array] = "relu",
         solver: optimistix.AbstractFixedPointSolver | optimistix.AbstractRootFinder | None = None,
         rngs: nnx.Rngs,
     ):

@@ -16,6 +16,7 @@ of the inputs, and a series (`nt_deq.Chebyshev`) takes the place of the iteratio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def deq_kernel(
     W_std: float | Array,
     U_std: float | Array = 1.0,
     b_std: float | Array = 0.0,
-    activation: str | Activation = "relu",
+    activation: str | Activation | Callable[[Array], Array] = "relu",
     solver: Solver | None = None,
 ) -> KernelSolution:
     """Computes the NNGP kernel and the NTK of the equilibrium `z*` of an infinitely wide DEQ.
@@ -84,7 +85,8 @@ def deq_kernel(
       W_std: standard deviation of the recurrent weights, `>= 0`; may be traced.
       U_std: standard deviation of the input weights, `>= 0`; may be traced.
       b_std: standard deviation of the bias, `>= 0`; may be traced.
-      activation: `φ`: a name from `nt_deq.activations`, or an `nt_deq.Activation`.
+      activation: `φ`: a name from `nt_deq.activations`, a smooth elementwise function such as
+        `jnp.tanh`, or an `nt_deq.Activation`.
       solver: `None` is `nt_deq.Chebyshev()` for a homogeneous activation (relu, leaky_relu, abs,
         identity) and `nt_deq.Newton()` for the others; `nt_deq.Picard()` is the plain iteration.
 
@@ -328,6 +330,12 @@ def raise_unless_converged(
                 f"the variance of {where} has not converged after {solver.max_steps} steps of "
                 f"{type(solver).__name__} (W_std² E[φ'(z*)²] = {rate:.6g}); allow more max_steps, "
                 "a larger tol, or use nt_deq.Newton()."
+            )
+        if np.isnan(rate) and np.isfinite(k):
+            raise NotConvergedError(
+                f"activation={activation.name!r}: its expectations are not known in "
+                f"{marginals.rate.dtype} at the variance K* = {k:.4g} that {where} reached; make the "
+                "inputs or U_std smaller, or take an activation with a closed form, such as 'erf'."
             )
         remedy = (
             f"take W_std < {1 / np.sqrt(float(activation.dual_diagonal(jnp.ones(()))[1])):.6g}"

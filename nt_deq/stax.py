@@ -36,11 +36,12 @@ _MASKED: Any = _nt_stax.MaskedArray  # typed as a class without fields
 
 @_nt_stax.layer
 @_nt_stax.supports_masking(remask_kernel=True)
-def Nonlinearity(activation: str | Activation):
+def Nonlinearity(activation: str | Activation | Callable[[Array], Array]):
     """An elementwise nonlinearity `φ` with its exact kernel.
 
     Args:
-      activation: `φ`: a name from `nt_deq.activations`, or an `nt_deq.Activation`.
+      activation: `φ`: a name from `nt_deq.activations`, a smooth elementwise function such as
+        `jnp.tanh`, or an `nt_deq.Activation`.
 
     Returns:
       `(init_fn, apply_fn, kernel_fn)`.
@@ -181,7 +182,7 @@ def DEQ(
     W_std: float | Array,
     U_std: float | Array = 1.0,
     b_std: float | Array | None = None,
-    activation: str | Activation = "relu",
+    activation: str | Activation | Callable[[Array], Array] = "relu",
     solver: Solver | None = None,
     parameterization: str = "ntk",
 ):
@@ -198,7 +199,8 @@ def DEQ(
         `W_std² E[φ'(z*)²] < 1` (relu: `W_std² < 2`).
       U_std: standard deviation of the input weights.
       b_std: standard deviation of the bias; `None` for none.
-      activation: `φ`: a name from `nt_deq.activations`, or an `nt_deq.Activation`.
+      activation: `φ`: a name from `nt_deq.activations`, a smooth elementwise function such as
+        `jnp.tanh`, or an `nt_deq.Activation`.
       solver: of the kernel of vectors. `None` is `nt_deq.Chebyshev()` for a homogeneous activation
         (relu, leaky_relu, abs, identity) and `nt_deq.Newton()` for the others; `nt_deq.Picard()` is
         the plain iteration.

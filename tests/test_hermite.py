@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nt_deq import activations, deq_kernel
+from nt_deq import NotConvergedError, activations, deq_kernel
 from nt_deq.activations import get_activation
 from nt_deq.hermite import Derivative, dual, expand
 
@@ -206,3 +206,11 @@ def test_derivatives_of_every_order_are_of_the_same_kind(x64):
 
 def _cube(z):
     return z**3
+
+
+def test_a_variance_beyond_the_range_is_named():
+    x = 100 * jnp.ones((2, 3))
+    with pytest.raises(
+        NotConvergedError, match=r"'tanh': its expectations are not known in float32"
+    ):
+        deq_kernel(x, W_std=0.5, activation="tanh")
