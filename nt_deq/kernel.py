@@ -334,8 +334,9 @@ def raise_unless_converged(
         if np.isnan(rate) and np.isfinite(k):
             raise NotConvergedError(
                 f"activation={activation.name!r}: its expectations are not known in "
-                f"{marginals.rate.dtype} at the variance K* = {k:.4g} that {where} reached; make the "
-                "inputs or U_std smaller, or take an activation with a closed form, such as 'erf'."
+                f"{marginals.rate.dtype} at the variance K* = {k:.4g} that {where} reached; make "
+                "the inputs or U_std smaller, or take an activation with a closed form, such as "
+                "'erf'."
             )
         remedy = (
             f"take W_std < {1 / np.sqrt(float(activation.dual_diagonal(jnp.ones(()))[1])):.6g}"
