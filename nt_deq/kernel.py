@@ -8,10 +8,7 @@ derivatives (`nt_deq.activations`),
     K* = W_std² V(K*) + S        NNGP kernel of z* (Gao et al. 2023, arXiv:2310.10767, eq. 13)
     Θ* = K* / (1 - W_std² V̇(K*)) NTK of z* (Feng & Kolter 2023, arXiv:2310.14062, thm. 3)
 
-No pair of inputs enters another's equation. So the diagonal is solved first, one scalar equation an
-input; then every pair is one scalar equation in its covariance; and Θ*, which is linear, is written
-down. For a positively homogeneous φ the equations of all pairs are one function of the correlation
-of the inputs, and a series (`nt_deq.Chebyshev`) takes the place of the iterations.
+K* is solved entry by entry (`nt_deq.pointwise`); Θ*, which is linear, is written down.
 """
 
 from __future__ import annotations
@@ -23,12 +20,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
-from nt_deq.solvers import Chebyshev, Newton, Root, Solver, rounding, solve
-from nt_deq.solvers.chebyshev import arc_moment, sine
+from nt_deq.pointwise import (
+    Injection,
+    Marginals,
+    inverse_root,
+    marginal_map,
+    multiply,
+    solve_equilibrium,
+)
+from nt_deq.solvers import Chebyshev, Newton, Solver, rounding
 
 
 class NoEquilibriumError(ValueError):
@@ -49,8 +53,8 @@ class KernelSolution(NamedTuple):
       residual: `(n1, n2)`, `|W_std² V(K*) + S - K*|` as evaluated at the end.
       rate: the largest `J = W_std² E[φ'(z*)²]` of all inputs, at which plain iteration contracts;
         an equilibrium exists where it is below 1.
-      error_bound: `(n1, n2)`, bound on the error of `nngp` given the variances of the two inputs:
-        the residual and its rounding, over 1 - √(J J').
+      error_bound: `(n1, n2)`, bound on the error of `nngp`: the residual, the rounding of it and of
+        `x·x'`, and the errors of the two variances, over `1 - √(J J')`.
       converged: `(n1, n2)`, whether the entry of `nngp` and `ntk` is a number (where not, NaN).
     """
 
@@ -112,11 +116,10 @@ def deq_kernel(
             )
         dtype = jnp.promote_types(x1.dtype, x2.dtype)
         x1, x2 = x1.astype(dtype), x2.astype(dtype)
-    s1, s2, s12 = _input_covariance(x1, x2, U_std, b_std)
-    W_var = jnp.square(jnp.asarray(W_std, s12.dtype))
-    equilibrium = solve_equilibrium(activation, solver, W_var, s1, s2, s12)
-    raise_unless_converged(activation, solver, W_std, equilibrium)
-    return _summary(W_var, equilibrium)
+    stds = (jnp.asarray(std, x1.dtype) for std in (W_std, U_std, b_std))
+    solution, marginals = _solve(activation, solver, *stds, x1, x2)
+    raise_unless_converged(activation, solver, W_std, solution.converged, *marginals)
+    return solution
 
 
 def get_solver(solver: Solver | None, activation: Activation | None = None) -> Solver:
@@ -143,182 +146,74 @@ def get_solver(solver: Solver | None, activation: Activation | None = None) -> S
     return solver
 
 
-@jax.jit
-def _input_covariance(x1, x2, U_std, b_std):
-    """`S = U_std² x·x'/d + b_std²` for every input and every pair."""
-    U_var = jnp.square(jnp.asarray(U_std, x1.dtype)) / x1.shape[1]
-    b_var = jnp.square(jnp.asarray(b_std, x1.dtype))
+@partial(jax.jit, static_argnums=(0, 1))
+def _solve(activation, solver, W_std, U_std, b_std, x1, x2):
+    """The `KernelSolution` and the `Marginals` of both sides."""
+    W_var, b_var = W_std**2, b_std**2
+    U_var = U_std**2 / x1.shape[1]
+    others = x1 if x2 is None else x2
 
-    def norm(x):
+    def variance(x):
         return U_var * jnp.sum(x * x, axis=1) + b_var
 
-    # A TPU's or a recent GPU's default precision would keep 8 or 11 bits.
-    gram = jnp.matmul(x1, (x1 if x2 is None else x2).T, precision=lax.Precision.HIGHEST)
-    return norm(x1), None if x2 is None else norm(x2), U_var * gram + b_var
-
-
-class Marginals(NamedTuple):
-    """One input's equilibrium, `(n,)` each: variance `K*(x, x)`, `φ` moments there, `J`."""
-
-    variance: Array
-    second_moment: Array
-    rate: Array
-    root: Root
-
-
-class Equilibrium(NamedTuple):
-    """The equilibrium of all pairs, `(n1, n2)` each: `K*`, `V(K*)`, `V̇(K*)`."""
-
-    marginals1: Marginals
-    marginals2: Marginals
-    covariance: Array
-    dual: Array
-    dual_slope: Array
-    root: Root
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def solve_equilibrium(
-    activation: Activation,
-    solver: Solver,
-    W_var: Array,
-    s1: Array,
-    s2: Array | None,
-    s12: Array,
-) -> Equilibrium:
-    """Solves `K* = W_var V(K*) + S`: the diagonal, then the pairs.
-
-    Args:
-      activation: `φ`.
-      solver: the method for both.
-      W_var: `W_std²`, a scalar.
-      s1: `S(x, x)` of the first inputs, `(n1,)`.
-      s2: the same of the second inputs, `(n2,)`; `None` means that they are the first.
-      s12: `S(x, x')`, `(n1, n2)`.
-
-    Returns:
-      An `Equilibrium`: NaN where there is none or where the solver failed.
-    """
-    first = _solve_marginals(activation, solver, W_var, s1)
-    second = first if s2 is None else _solve_marginals(activation, solver, W_var, s2)
-    s2_or_1 = s1 if s2 is None else s2
-    k1, k2 = first.variance[:, None], second.variance[None, :]
-    correlation = jnp.clip(s12 * (_inverse_root(s1)[:, None] * _inverse_root(s2_or_1)), -1, 1)
-    args = (W_var, s12, k1, k2)
-    if isinstance(solver, Chebyshev):
-        covariance, dual, dual_slope, root = _solve_by_angle(activation, solver, args, correlation)
-    else:
-        scale = jnp.sqrt(k1) * jnp.sqrt(k2)
-        pair = partial(_pair_map, activation)
-        root = solve(solver, pair, args, scale * correlation, -scale, scale)
-        covariance = jnp.where(root.converged, root.value, jnp.nan)
-        dual, dual_slope = activation.dual(k1, k2, covariance)
-    if s2 is None:  # one number an input: exact, where ρ = 1 would lose half of the digits of V̇
-        # Not `.at[].set`: a choice fuses with what comes before and after it.
-        diagonal = jnp.arange(s1.shape[0])[:, None] == jnp.arange(s1.shape[0])
-
-        def exact(pairs, singles):
-            return jnp.where(diagonal, singles, pairs) if pairs.ndim else pairs
-
-        covariance = exact(covariance, first.variance)
-        dual = exact(dual, first.second_moment)
-        dual_slope = exact(dual_slope, activation.dual_diagonal(first.variance)[1])
-        root = jax.tree.map(exact, root, first.root)
-    return Equilibrium(first, second, covariance, dual, dual_slope, root)
-
-
-def _inverse_root(s: Array) -> Array:
-    positive = s > 0
-    return jnp.where(positive, lax.rsqrt(jnp.where(positive, s, 1)), 0)
-
-
-def _solve_by_angle(activation, solver, args, correlation) -> tuple[Array, Array, Array, Root]:
-    """`K*`, `V(K*)`, `V̇(K*)` of a homogeneous `φ` from the angles between the states `z*`."""
-    W_var, s12, k1, k2, correlation = lax.stop_gradient((*args, correlation))
-    # Such a φ is linear on both sides of 0: V̇ = moment - bend · angle/π.
-    one = jnp.ones_like(W_var)
-    moment = activation.dual_diagonal(one)[1]
-    bend = 2 * (moment - activation.dual(one, one, 0 * one)[1])
-    square = 2 * (1 - correlation)
-    # Where a Gram matrix of this dtype does not tell two inputs apart, they are the same.
-    chord = jnp.sqrt(jnp.where(square <= 16 * jnp.finfo(square.dtype).eps, 0, square))
-    angle, steps = solver.angles(W_var * bend / (1 - W_var * moment), chord)
-    cosine = 1 - 2 * sine(angle / 2) ** 2
-    scale = jnp.sqrt(k1) * jnp.sqrt(k2)
-    covariance = scale * cosine
-    dual = scale * (moment * cosine + bend * arc_moment(angle))
-    dual_slope = moment - bend / jnp.pi * angle
-    residual = jnp.abs(W_var * dual + s12 - covariance)
-    root = Root(covariance, residual, jnp.isfinite(covariance), steps)
-    return *_differentiable(activation, (covariance, dual, dual_slope), args), root
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiable(activation, value, args):
-    """`value = (K*, V, V̇)`, with the derivatives in `args` that the equation gives them."""
-    del activation, args
-    return value
-
-
-@_differentiable.defjvp
-def _differentiable_jvp(activation, primals, tangents):
-    value, args = primals
-    # The values in the rule have the rule's own derivatives, so that higher ones are right too.
-    covariance, _, dual_slope = value = _differentiable(activation, value, args)
-    W_var, _, k1, k2 = args
-
-    def fn(*args):
-        return _pair_map(activation, covariance, *args)[0]
-
-    d_covariance = jax.jvp(fn, args, tangents[1])[1] / (1 - W_var * dual_slope)
-    d_duals = jax.jvp(activation.dual, (k1, k2, covariance), (*tangents[1][2:], d_covariance))[1]
-    return value, (d_covariance, *d_duals)
-
-
-def _pair_map(activation, c, W_var, s12, k1, k2):
-    dual, dual_slope = activation.dual(k1, k2, c)
-    return W_var * dual + s12, W_var * dual_slope, jnp.sqrt(k1) * jnp.sqrt(k2)
-
-
-def _marginal_map(activation, k, W_var, s):
-    # Not V̇: the variance moves both arguments of E[φ(u)φ(u')], so the slope is E[φ'² + φφ''].
-    moment, slope = jax.jvp(lambda k: activation.dual_diagonal(k)[0], (k,), (jnp.ones_like(k),))
-    return W_var * moment + s, W_var * slope, k
-
-
-def _solve_marginals(activation, solver, W_var, s) -> Marginals:
-    # From S upwards: of several fixed points, the one that a network started at 0 finds.
-    marginal = partial(_marginal_map, activation)
-    root = solve(solver, marginal, (W_var, s), s, s, jnp.full_like(s, jnp.inf))
-    rate = W_var * activation.dual_diagonal(root.value)[1]
-    exists = root.converged & (rate < 1 - rounding(s.dtype))
-    variance = jnp.where(exists, root.value, jnp.nan)
-    return Marginals(variance, activation.dual_diagonal(variance)[0], rate, root)
-
-
-@jax.jit
-def _summary(W_var: Array, equilibrium: Equilibrium) -> KernelSolution:
-    first, second, covariance, _, dual_slope, root = equilibrium
-    rate = jnp.sqrt(first.rate)[:, None] * jnp.sqrt(second.rate)[None, :]
-    scale = jnp.sqrt(first.variance)[:, None] * jnp.sqrt(second.variance)[None, :]
-    return KernelSolution(
+    injection = Injection(
+        variance(x1),
+        None if x2 is None else variance(x2),
+        U_var * multiply(x1, others) + b_var,
+        (x1, others, U_var, b_var),
+    )
+    equilibrium = solve_equilibrium(activation, solver, W_var, injection)
+    first, second, covariance, _, dual_slope, residual, steps = equilibrium
+    solution = KernelSolution(
         nngp=covariance,
         ntk=covariance / (1 - W_var * dual_slope),
-        steps=root.steps,
-        residual=root.residual,
+        steps=steps,
+        residual=residual,
         rate=jnp.maximum(jnp.max(first.rate), jnp.max(second.rate)),
-        error_bound=(root.residual + rounding(scale.dtype) * scale) / (1 - rate),
+        error_bound=_error_bound(activation, x1.shape[1], W_var, injection, equilibrium),
         converged=jnp.isfinite(covariance),
     )
+    return solution, (first, second)
+
+
+def _error_bound(activation, features, W_var, injection, equilibrium) -> Array:
+    first, second = equilibrium[:2]
+    s1, s2 = injection.variance1, injection.variance2
+    unit = rounding(s1.dtype)
+    gram_unit = unit / 4 * features**0.5  # Higham & Mary 2019, "A new approach to ... rounding"
+
+    def error_of_variance(marginals, s):
+        _, slope, k = marginal_map(activation, marginals.variance, W_var, s)
+        return (marginals.root.residual + unit * k + gram_unit * s) / (1 - slope)
+
+    def outer(a, b):
+        return a[:, None] * b[None, :]
+
+    error1 = error_of_variance(first, s1)
+    error2 = error1 if s2 is None else error_of_variance(second, s2)
+    # |∂V/∂k| = |E[φ'(u) u φ(u')]|/2k <= Lip √E[φ(u')²] / 2√k, by Cauchy-Schwarz
+    by_variances = (activation.lipschitz / 2) * (
+        outer(error1 * inverse_root(first.variance), jnp.sqrt(second.dual))
+        + outer(jnp.sqrt(first.dual), error2 * inverse_root(second.variance))
+    )
+    scale = outer(jnp.sqrt(first.variance), jnp.sqrt(second.variance))
+    gram_scale = outer(jnp.sqrt(s1), jnp.sqrt(s1 if s2 is None else s2))
+    error = equilibrium.residual + unit * scale + gram_unit * gram_scale + W_var * by_variances
+    return error / (1 - outer(jnp.sqrt(first.rate), jnp.sqrt(second.rate)))
 
 
 def raise_unless_converged(
-    activation: Activation, solver: Solver, W_std, equilibrium: Equilibrium
+    activation: Activation,
+    solver: Solver,
+    W_std: float | Array,
+    converged: Array,
+    marginals1: Marginals,
+    marginals2: Marginals,
 ) -> None:
     """Raises where an eager solve found no equilibrium; traced values pass, as NaN."""
-    if _checks.is_traced(equilibrium) or bool(jnp.all(jnp.isfinite(equilibrium.covariance))):
+    if _checks.is_traced((converged, marginals1, marginals2)) or bool(jnp.all(converged)):
         return
-    for side, marginals in (("first", equilibrium.marginals1), ("second", equilibrium.marginals2)):
+    for side, marginals in (("first", marginals1), ("second", marginals2)):
         missing = np.flatnonzero(~np.isfinite(np.asarray(marginals.variance)))
         if not missing.size:
             continue
@@ -348,7 +243,7 @@ def raise_unless_converged(
             f"{rate:.6g} has to be below 1, and is not for {where}, so the network has no stable "
             f"equilibrium there; {remedy}."
         )
-    failed = ~np.isfinite(np.asarray(equilibrium.covariance))
+    failed = ~np.asarray(converged)
     raise NotConvergedError(
         f"{failed.sum()} of {failed.size} pairs have not converged after {solver.max_steps} steps "
         f"of {type(solver).__name__}; allow more max_steps, a larger tol, or use nt_deq.Newton()."

@@ -21,8 +21,9 @@ from nt_deq import _checks
 from nt_deq import fixed_point as _fixed_point
 from nt_deq.activations import Activation, get_activation, piecewise_linear
 from nt_deq.equilibrium import equilibrium
-from nt_deq.kernel import get_solver, raise_unless_converged, solve_equilibrium
+from nt_deq.kernel import get_solver, raise_unless_converged
 from nt_deq.nonlinearity import apply_dual
+from nt_deq.pointwise import Injection, solve_equilibrium
 from nt_deq.solvers import Chebyshev, Solver
 
 __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
@@ -247,11 +248,12 @@ def DEQ(
             return composed_kernel(k, **kwargs)
         u = inject[2](k, **kwargs)
         W_var = jnp.square(jnp.asarray(W_std, u.nngp.dtype))
-        solution = solve_equilibrium(phi, method, W_var, u.cov1, u.cov2, u.nngp)
-        raise_unless_converged(phi, method, W_std, solution)
+        solution = solve_equilibrium(phi, method, W_var, Injection(u.cov1, u.cov2, u.nngp))
+        converged = jnp.isfinite(solution.dual)
+        raise_unless_converged(phi, method, W_std, converged, *solution[:2])
         out = u.replace(
-            cov1=solution.marginals1.second_moment,
-            cov2=None if u.cov2 is None else solution.marginals2.second_moment,
+            cov1=solution.marginals1.dual,
+            cov2=None if u.cov2 is None else solution.marginals2.dual,
             nngp=solution.dual,
             is_gaussian=False,
         )

@@ -35,6 +35,11 @@ def test_deq_kernel(activation):
     assert products
 
 
+def test_deq_kernel_in_tiles():
+    x = jnp.ones((300, 3))
+    assert_runs_everywhere(lambda x, w: nt_deq.deq_kernel(x, W_std=w)[:2], x, 0.5)
+
+
 @pytest.mark.parametrize("solver", [Newton(), Picard()], ids=repr)
 def test_kernel_fn_and_its_gradient(solver):
     x = jnp.ones((4, 3))

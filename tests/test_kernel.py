@@ -210,7 +210,7 @@ def test_near_criticality(x64, solver):
     r = np.asarray(x @ x.T) / 8 / (1 - a) / np.sqrt(np.outer(k, k))
     np.testing.assert_allclose((rho - a * kappa1) / (1 - a), r, atol=1e-11)  # ε / (1 - a) · 50
     np.testing.assert_allclose(ours.rate, a, rtol=1e-14)
-    assert (ours.error_bound < 1e-10 * k.max()).all()
+    assert (ours.error_bound < 1e-8 * k.max()).all()  # ε / (1 - a)² · 45
 
 
 def test_newton_takes_few_steps_and_picard_many(x64):
@@ -290,6 +290,26 @@ def test_an_entry_does_not_depend_on_the_others(x64):
     part = deq_kernel(x[:3], x[2:5], W_std=1.3)
     np.testing.assert_allclose(part.nngp, whole.nngp[:3, 2:5], rtol=1e-14)
     np.testing.assert_allclose(part.ntk, whole.ntk[:3, 2:5], rtol=1e-13)
+
+
+@pytest.mark.parametrize("activation", ["relu", "erf"])
+def test_tiles_join(x64, activation):
+    """More entries than are solved at a time, in numbers that tiles do not divide."""
+    x = inputs(600, 3)
+    part = jnp.array([0, 1, 300, 343, 344, 345, 598, 599])
+
+    def fn(x, part):
+        return deq_kernel(x, W_std=0.9, b_std=0.1, activation=activation).ntk[part][:, part]
+
+    np.testing.assert_allclose(fn(x, part), fn(x[part], slice(None)), rtol=1e-13, atol=1e-13)
+    tangent = jax.jvp(lambda x: fn(x, part), (x,), (jnp.cos(x),))[1]
+    alone = jax.jvp(lambda x: fn(x, slice(None)), (x[part],), (jnp.cos(x[part]),))[1]
+    np.testing.assert_allclose(tangent, alone, rtol=1e-11, atol=1e-11)
+    wide = deq_kernel(x[:7], jnp.tile(x, (100, 1)), W_std=0.9, b_std=0.1, activation=activation)
+    tight = deq_kernel(x[:7], x, W_std=0.9, b_std=0.1, activation=activation)
+    np.testing.assert_allclose(wide.nngp[:, -600:], tight.nngp, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(wide.ntk[:, :600], tight.ntk, rtol=1e-13, atol=1e-13)
+    assert wide.converged.all()
 
 
 def test_the_program_does_not_grow_with_the_steps():

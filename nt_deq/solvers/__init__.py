@@ -2,9 +2,10 @@
 
 from nt_deq.solvers.anderson import Anderson
 from nt_deq.solvers.chebyshev import Chebyshev
-from nt_deq.solvers.loop import Root, Solver, rounding, solve, spread
+from nt_deq.solvers.loop import Root, Solver, iterate, rounding, solve, spread
 from nt_deq.solvers.newton import Newton
 from nt_deq.solvers.picard import Picard
+from nt_deq.solvers.tiles import by_tiles
 
 __all__ = [
     "Anderson",
@@ -13,6 +14,8 @@ __all__ = [
     "Picard",
     "Root",
     "Solver",
+    "by_tiles",
+    "iterate",
     "rounding",
     "solve",
     "spread",

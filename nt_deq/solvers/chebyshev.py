@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,18 @@ from jax import Array, lax
 
 from nt_deq.solvers.loop import rounding
 from nt_deq.solvers.newton import Newton
+
+
+class Series(NamedTuple):
+    """`α/x = Σ cₖ Tₖ((t - centre)/half)`, `t = log((x + left)/(2 - x + right))`, of one `ω`."""
+
+    omega: Array
+    left: Array
+    right: Array
+    centre: Array
+    half: Array
+    coefficients: Array
+    accurate: Array
 
 
 @dataclass(frozen=True)
@@ -34,18 +47,9 @@ class Chebyshev(Newton):
     method. Not for other activations, nor for other layers than `stax.DEQ`.
     """
 
-    def angles(self, omega: Array, chord: Array) -> tuple[Array, Array]:
-        """Solves `1 - cos α + ω M(α) = x²/2` for `α` in [0, π].
-
-        Args:
-          omega: `ω >= 0`, a scalar.
-          chord: `x` in [0, 2], any shape.
-
-        Returns:
-          `α`, shaped like `chord`, to `tol` relative to itself, and the number of Newton's steps
-          taken after the series: 0 unless its tail was too large.
-        """
-        dtype = chord.dtype
+    def series(self, omega: Array) -> Series:
+        """Expands `α/x`, as a function of `x`, for `ω >= 0`, a scalar."""
+        dtype = omega.dtype
         floor = rounding(dtype)
         tol = 2 * floor if self.tol is None else max(self.tol, floor)
         degree = math.ceil(2 * math.log10(1 / tol))
@@ -62,14 +66,27 @@ class Chebyshev(Newton):
         points = jnp.minimum(((2 + right) * power - left) / (1 + power), 2)
         values = self._newton(omega, points, points, 0)[0] / points
         wave[0] /= 2
-        series = jnp.matmul(
+        coefficients = jnp.matmul(
             jnp.asarray(2 / size * wave, dtype), values, precision=lax.Precision.HIGHEST
         )
-        tail = jnp.sum(jnp.abs(series[degree:])) / jnp.min(values)
+        tail = jnp.sum(jnp.abs(coefficients[degree:])) / jnp.min(values)
+        return Series(omega, left, right, centre, half, coefficients[:degree], tail <= tol)
 
-        t = (jnp.log((chord + left) / (2 - chord + right)) - centre) / half
-        angle = chord * _chebyshev_sum(series[:degree], t)
-        return self._newton(omega, chord, angle, jnp.where(tail <= tol, self.max_steps, 0))
+    def angles(self, series: Series, chord: Array) -> tuple[Array, Array]:
+        """Solves `1 - cos α + ω M(α) = x²/2` for `α` in [0, π].
+
+        Args:
+          series: for `ω`.
+          chord: `x` in [0, 2], any shape.
+
+        Returns:
+          `α`, shaped like `chord`, to `tol` relative to itself, and the number of Newton's steps
+          taken after the series: 0 unless its tail was too large.
+        """
+        t = jnp.log((chord + series.left) / (2 - chord + series.right))
+        angle = chord * _chebyshev_sum(series.coefficients, (t - series.centre) / series.half)
+        step = jnp.where(series.accurate, self.max_steps, 0)
+        return self._newton(series.omega, chord, angle, step)
 
     def _newton(self, omega, chord, angle, step) -> tuple[Array, Array]:
         """Newton's method in `1 - cos α`, in which the equation is convex, and steps taken."""

@@ -29,13 +29,15 @@ class Root(NamedTuple):
     """Where the loop ended after `steps` steps; `residual = |F(value) - value|`.
 
     `residual` and `converged` have one entry a block: the largest of its entries, and whether all
-    of them have converged.
+    of them have converged. `aux` is what else `fn` gave there. A block that has not converged is
+    one step further than its `residual` and `aux`.
     """
 
     value: Array
     residual: Array
     converged: Array
     steps: Array
+    aux: tuple[Array, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,37 +103,49 @@ def solve(
       upper: likewise.
       event_dims: how many of the last axes of `y` make a block.
     """
-    root = _iterate(solver, fn, *lax.stop_gradient((args, y0, lower, upper)), event_dims)
+    root = iterate(solver, fn, *lax.stop_gradient((args, y0, lower, upper)), event_dims)
     return root._replace(value=_implicit(fn, event_dims, root.value, args))
 
 
-def _iterate(solver, fn, args, y0, lower, upper, event_dims):
+def iterate(
+    solver: Solver,
+    fn: Callable[..., tuple[Array, ...]],
+    args: Any,
+    y0: Array,
+    lower: Array,
+    upper: Array,
+    event_dims: int = 0,
+) -> Root:
+    """`solve` without derivatives; `fn` may return more than three values, and `aux` keeps them."""
     floor = rounding(y0.dtype)
     tol = 2 * floor if solver.tol is None else solver.tol
     axes = tuple(range(y0.ndim - event_dims, y0.ndim))
 
-    def evaluate(y):
-        value, slope, scale = fn(y, *args)
+    def unfinished(carry):
+        evaluations, _, (residual, converged, _), _ = carry
+        return (evaluations <= solver.max_steps) & jnp.any(~converged & jnp.isfinite(residual))
+
+    def advance(carry):
+        evaluations, y, _, state = carry
+        value, slope, scale, *aux = fn(y, *args)
         value = jnp.clip(value, lower, upper)  # a root at a bound may be outside it by rounding
         residual = jnp.max(jnp.abs(value - y), axis=axes) if axes else jnp.abs(value - y)
         # The error of y is about residual / (1 - slope).
         allowed = tol if event_dims else jnp.maximum(tol * (1 - jnp.abs(slope)), floor)
-        return value, slope, residual, residual <= allowed * scale
-
-    def unfinished(carry):
-        steps, _, (_, _, residual, converged), _ = carry
-        return (steps < solver.max_steps) & jnp.any(~converged & jnp.isfinite(residual))
-
-    def advance(carry):
-        steps, y, (value, slope, _, converged), state = carry
+        converged = residual <= allowed * scale
         proposal, state = solver.step(y, value, slope, state, event_dims)
-        y = jnp.where(spread(converged, event_dims), y, jnp.clip(proposal, lower, upper))
-        return steps + 1, y, evaluate(y), state
+        stays = spread(converged | ~jnp.isfinite(residual), event_dims)
+        y = jnp.where(stays, y, jnp.clip(proposal, lower, upper))
+        return evaluations + 1, y, (residual, converged, tuple(aux)), state
 
-    state = solver.init(y0, lower, upper, event_dims)
-    start = (jnp.zeros((), jnp.int32), y0, evaluate(y0), state)
-    steps, y, (_, _, residual, converged), _ = lax.while_loop(unfinished, advance, start)
-    return Root(y, residual, converged, steps)
+    # The function is evaluated in the loop alone, so that it is compiled once.
+    carry = (jnp.zeros((), jnp.int32), y0, (), solver.init(y0, lower, upper, event_dims))
+    shapes = jax.eval_shape(advance, carry)[2]
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    evaluations, y, (residual, converged, aux), _ = lax.while_loop(
+        unfinished, advance, (*carry[:2], nothing, carry[3])
+    )
+    return Root(y, residual, converged, jnp.maximum(evaluations - 1, 0), aux)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
