@@ -15,9 +15,11 @@ JAX_VERSIONS := 0.5.3 0.7.2 0.9.2
 demo: .venv/.ready
 	$(RUN) experiments.compare --workdir=out/demo
 
+# Most of the time of the small tests goes into optimising programs that run once.
 test: .venv/.ready
-	$(RUN) pytest -n 2 -m "not slow"
+	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) pytest -n 2 -m "not slow"
 
+# As users run it: with every optimisation.
 test-all: .venv/.ready test-versions
 	$(RUN) pytest -n 2
 

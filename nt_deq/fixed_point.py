@@ -37,7 +37,7 @@ class Rates(NamedTuple):
 
 def solve_fixed_point(
     kernel_map: KernelMap, inject: nt.Kernel, solver: Solver | None
-) -> tuple[nt.Kernel, Rates, Rates]:
+) -> tuple[nt.Kernel, tuple[Rates, Rates], Array]:
     """Solves the kernel of `z* = cell(z*) + inject(x)`.
 
     Args:
@@ -46,8 +46,8 @@ def solve_fixed_point(
       solver: the method; `None` is `Newton` without spatial axes and `Anderson` with them.
 
     Returns:
-      The kernel of `z*`, NaN where there is no equilibrium or the solver failed, and the rates of
-      the first and of the second inputs.
+      The kernel of `z*`, NaN where there is no equilibrium or the solver failed, the rates of the
+      first and of the second inputs, and the solver's steps over the pairs.
     """
     event_dims = inject.nngp.ndim - 2
 
@@ -69,11 +69,11 @@ def solve_fixed_point(
         cov2, rates2 = _solve_marginals(cell, swapped, solver)
 
     k = inject.replace(cov1=cov1, cov2=cov2)
-    nngp = _solve_pairs(cell, k, inject, solver)
+    nngp, steps = _solve_pairs(cell, k, inject, solver)
     k = k.replace(nngp=nngp)
     if inject.ntk is not None:
         k = k.replace(ntk=_solve_ntk(cell, k, inject.ntk, solver))
-    return k, rates1, rates2
+    return k, (rates1, rates2), steps
 
 
 def _solve_marginals(cell, inject, solver) -> tuple[Array, Rates]:
@@ -151,7 +151,7 @@ def _keep(converged: Array, value: Array) -> Array:
     return jnp.where(spread(converged, value.ndim - converged.ndim), value, jnp.nan)
 
 
-def _solve_pairs(cell, k, inject, solver) -> Array:
+def _solve_pairs(cell, k, inject, solver) -> tuple[Array, Array]:
     event_dims = k.nngp.ndim - 2
     scale = _scale(k)
     k = k.replace(ntk=None)
@@ -183,7 +183,7 @@ def _solve_pairs(cell, k, inject, solver) -> Array:
     if k.cov2 is None:  # exact where an input meets itself
         diagonal = jnp.diag_indices(nngp.shape[0])
         nngp = nngp.at[diagonal].set(k.cov1)
-    return nngp
+    return nngp, root.steps
 
 
 def _pair_map(pairs, nngp, k, s, scale, *closed_over):

@@ -170,8 +170,8 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None):
             raise NotImplementedError("FixedPoint does not take the `pattern` of stax.Aggregate.")
         u = _fixed_point.unreversed(inject_kernel(k, **kwargs))
         _fixed_point.check_cell(cell, u)
-        z, *inputs = solve(u)
-        _fixed_point.raise_unless_converged(*inputs)
+        z, rates, _ = solve(u)
+        _fixed_point.raise_unless_converged(*rates)
         return z
 
     return init_fn, apply_fn, kernel_fn

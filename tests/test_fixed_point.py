@@ -8,7 +8,7 @@ import pytest
 from jax import lax, random
 
 from nt_deq import Anderson, Newton, NoEquilibriumError, NotConvergedError, Picard, stax
-from nt_deq.fixed_point import unreversed
+from nt_deq.fixed_point import solve_fixed_point, unreversed
 
 WIDTH = 32
 
@@ -96,6 +96,11 @@ def test_it_is_the_limit_of_explicit_layers(x64, name):
 def test_solvers_agree_and_anderson_is_faster(x64, name):
     cell, inject, shape = CASES[name]
     x, _ = pair(shape)
+    steps = [
+        int(solve_fixed_point(cell[2], unreversed(inject[2](x)), solver)[2])
+        for solver in (Anderson(), Picard())
+    ]
+    assert 1 < steps[0] < 0.65 * steps[1]
     anderson = stax.FixedPoint(cell, inject, Anderson())[2](x)
     picard = stax.FixedPoint(cell, inject, Picard())[2](x)
     np.testing.assert_allclose(anderson.nngp, picard.nngp, atol=1e-12)
@@ -118,7 +123,18 @@ def test_deq_is_a_special_case(x64):
     np.testing.assert_allclose(deq[1](params, x1), z, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["two_hidden", "branches", "conv", "layer_norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "two_hidden",
+        "branches",
+        "conv",
+        "layer_norm",
+        "dropout",
+        pytest.param("conv_pool", marks=pytest.mark.slow),
+        pytest.param("attention", marks=pytest.mark.slow),
+    ],
+)
 def test_finite_networks_with_tied_weights_approach_it(name):
     """The covariance of z*, averaged over the channels of 20 networks of width 256."""
     width, draws = 256, 20
@@ -146,6 +162,28 @@ def test_finite_networks_with_tied_weights_approach_it(name):
             stax.serial(stax.LayerNorm(), stax.Relu(), stax.Dense(width, 0.5)),
             stax.Dense(width), (3, 6),
         ),
+        "dropout": (
+            stax.serial(stax.Relu(), stax.Dropout(0.8), stax.Dense(width, 0.5)),
+            stax.Dense(width), (3, 6),
+        ),
+        "conv_pool": (
+            stax.serial(
+                stax.Relu(),
+                stax.AvgPool((3, 3), (1, 1), "CIRCULAR"),
+                stax.Conv(width, (3, 3), padding="CIRCULAR", W_std=0.6),
+            ),
+            stax.Conv(width, (3, 3), padding="CIRCULAR"), (2, 3, 3, 2),
+        ),
+        "attention": (
+            stax.serial(
+                stax.Relu(),
+                stax.GlobalSelfAttention(
+                    width, n_chan_key=width, n_chan_val=width, n_heads=4, linear_scaling=True,
+                    W_value_std=0.6,
+                ),
+            ),
+            stax.Dense(width), (2, 4, 3),
+        ),
     }  # fmt: skip
     cell, inject, shape = wide[name]
     init_fn, apply_fn, kernel_fn = stax.FixedPoint(cell, inject)
@@ -155,7 +193,7 @@ def test_finite_networks_with_tied_weights_approach_it(name):
     @jax.jit
     @jax.vmap
     def covariance(key):
-        z = apply_fn(init_fn(key, shape)[1], x)
+        z = apply_fn(init_fn(key, shape)[1], x, rng=key)
         flat = z.reshape(-1, width)
         gram = (flat @ flat.T / width).reshape(z.shape[:-1] * 2)
         n = len(shape) - 2  # to the kernel's order of axes: batch, batch, H, H, W, W
@@ -168,6 +206,7 @@ def test_finite_networks_with_tied_weights_approach_it(name):
     assert (error < 5 * spread + 5 / width * np.abs(exact).max()).all()
 
 
+@pytest.mark.slow
 def test_it_composes(x64):
     x1, x2 = pair(IMAGES)
     for after in ((stax.Flatten(),), (stax.GlobalAvgPool(),)):
@@ -232,7 +271,7 @@ def test_masks(x64):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ["erf_dense", "erf_conv"])
+@pytest.mark.parametrize("name", ["erf_dense", pytest.param("erf_conv", marks=pytest.mark.slow)])
 def test_derivatives(x64, name):
     """Implicit, in the input and in a traced parameter of the cell, to second order."""
     x = random.normal(random.key(0), (2, 4) if name == "erf_dense" else (2, 3, 2))

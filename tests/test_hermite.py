@@ -42,7 +42,9 @@ def test_an_expansion_agrees_with_the_closed_form(dtype, name):
     np.testing.assert_allclose(expanded.lipschitz, known.lipschitz, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["erf", "gelu", "sin"])
+@pytest.mark.parametrize(
+    "name", ["erf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gelu", "sin"))]
+)
 def test_derivatives_agree_with_those_of_the_closed_form(x64, name):
     known, expanded = activations[name], get_activation(wrapped(name))
     for at in ((1.3, 0.8, 0.4), (1e-8, 0.8, 5e-5), (0.7, 0.7, 0.7), (2.0, 0.5, -1.0)):
