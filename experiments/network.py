@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optimistix
 from flax import nnx
 from jax import Array
 
 import nt_deq
 from nt_deq import stax
-from nt_deq.equilibrium import MAX_STEPS, Iteration
 
 
 @dataclass(frozen=True)
@@ -65,15 +62,7 @@ class Network(nnx.Module):
 
     def equilibrium_steps(self, x: Array) -> Array:
         """Returns how many layers the solve of `z*` for `x` applies, from zeros."""
-        u = self.deq.inject(x)
-        solution = optimistix.fixed_point(
-            lambda z, _: self.deq.hidden(self.deq.activation.fn(z)) + u,
-            Iteration(rtol=32 * float(jnp.finfo(u.dtype).eps)),
-            jnp.zeros_like(u),
-            max_steps=MAX_STEPS,
-            throw=False,
-        )
-        return solution.stats["num_steps"]
+        return self.deq.solve(x).steps
 
 
 def split(

@@ -4,9 +4,16 @@ from nt_deq import _compat
 
 _compat.install()  # makes neural-tangents importable, so it comes before everything that needs it
 
-from nt_deq import flax, stax  # noqa: E402
+from nt_deq import flax, iterations, stax  # noqa: E402
 from nt_deq.activations import Activation, activations  # noqa: E402
-from nt_deq.equilibrium import equilibrium  # noqa: E402
+from nt_deq.adjoints import Implicit, Phantom, Unrolled  # noqa: E402
+from nt_deq.equilibrium import (  # noqa: E402
+    adjoint_solution,
+    equilibrium,
+    find_equilibrium,
+)
+from nt_deq.iterations import SampleSolution  # noqa: E402
+from nt_deq.jacobian import jacobian_regularization, spectral_radius  # noqa: E402
 from nt_deq.kernel import (  # noqa: E402
     KernelSolution,
     NoEquilibriumError,
@@ -19,14 +26,23 @@ __all__ = [
     "Activation",
     "Anderson",
     "Chebyshev",
+    "Implicit",
     "KernelSolution",
     "Newton",
     "NoEquilibriumError",
     "NotConvergedError",
+    "Phantom",
     "Picard",
+    "SampleSolution",
+    "Unrolled",
     "activations",
+    "adjoint_solution",
     "deq_kernel",
     "equilibrium",
+    "find_equilibrium",
     "flax",
+    "iterations",
+    "jacobian_regularization",
+    "spectral_radius",
     "stax",
 ]

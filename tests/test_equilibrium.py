@@ -7,7 +7,8 @@ import optimistix
 import pytest
 from jax import lax, random
 
-from nt_deq import NotConvergedError, equilibrium
+import nt_deq
+from nt_deq import NotConvergedError, equilibrium, find_equilibrium
 
 
 def layer(z, args):
@@ -143,8 +144,98 @@ def test_divergence_is_an_error_or_nan():
     def homogeneous(z, args):  # overflows in its norm before it does in its entries
         return jnp.maximum(z, 0) @ (4 * args[0]) + args[1]
 
-    for f in (diverging, chaotic, homogeneous):
-        with pytest.raises(NotConvergedError, match="was not reached in 1000 steps"):
+    for f, failed in ((diverging, 4), (chaotic, 1), (homogeneous, 4)):
+        with pytest.raises(NotConvergedError, match=rf"in \d+ steps by {failed} of 4 samples"):
             equilibrium(f, jnp.ones_like(u), (W, u))
         traced = jax.jit(lambda u, f=f: equilibrium(f, jnp.ones_like(u), (W, u)))(u)
-        assert np.isnan(traced).all()
+        assert np.isnan(traced).all(axis=1).sum() == failed
+        assert np.isnan(traced).sum() == failed * 20
+
+
+def test_states_are_trees():
+    """Two layers that read each other, as two arrays of different shapes and as one."""
+    keys = random.split(random.key(0), 4)
+    A = random.normal(keys[0], (6, 12)) / 6
+    B = random.normal(keys[1], (12, 6)) / 6
+    u = {"a": random.normal(keys[2], (3, 6)), "b": random.normal(keys[3], (3, 4, 3))}
+
+    def pair(z, u):
+        a = jnp.tanh(z["b"].reshape(3, 12)) @ B + u["a"]
+        b = (jnp.tanh(z["a"]) @ A).reshape(3, 4, 3) + u["b"]
+        return {"a": a, "b": b}
+
+    def joined(z, u):
+        W = jnp.block([[jnp.zeros((6, 6)), A], [B, jnp.zeros((12, 12))]])
+        return jnp.tanh(z) @ W + u
+
+    def loss(solve, u):
+        return sum(jnp.sum(jnp.cos(z)) for z in jax.tree.leaves(solve(u)))
+
+    def of_tree(u):
+        return equilibrium(pair, jax.tree.map(jnp.zeros_like, u), u)
+
+    def flat(u):
+        return jnp.concatenate([u["a"], u["b"].reshape(3, 12)], axis=1)
+
+    def of_array(u):
+        return equilibrium(joined, jnp.zeros((3, 18)), flat(u))
+
+    np.testing.assert_allclose(flat(of_tree(u)), of_array(u), atol=2e-6)
+    ours = jax.jit(jax.grad(lambda u: loss(of_tree, u)))(u)
+    expected = jax.grad(lambda u: loss(of_array, u))(u)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, expected)
+
+
+def test_it_says_how_it_went():
+    """One sample at once, one in many steps, one never: each by itself."""
+    scales = jnp.array([0.0, 0.9, 1.5])[:, None]
+
+    def f(z, u):
+        return scales * z + u
+
+    u = jnp.ones((3, 4))
+    value, steps, residual, converged = find_equilibrium(f, jnp.zeros((3, 4)), u, max_steps=200)
+    np.testing.assert_array_equal(converged, [True, True, False])
+    np.testing.assert_allclose(value[:2], [[1.0] * 4, [10.0] * 4], rtol=1e-4)
+    np.testing.assert_array_equal(value[2], 0)  # the best that it met
+    np.testing.assert_allclose(residual, jnp.linalg.norm(f(value, u) - value, axis=1), atol=1e-6)
+    assert 100 < steps <= 200
+    with pytest.raises(NotConvergedError, match=r"by 1 of 3 samples \(first: row 2, where .* 2\)"):
+        equilibrium(f, jnp.zeros((3, 4)), u, max_steps=200)
+    traced = jax.jit(lambda u: equilibrium(f, jnp.zeros((3, 4)), u))(u)
+    np.testing.assert_allclose(traced[:2], value[:2], rtol=1e-6)
+    assert np.isnan(traced[2]).all()
+
+
+def test_what_overflows_leaves_the_others_alone():
+    scales = jnp.array([0.5, 5.0])[:, None]
+    found = find_equilibrium(lambda z, u: scales * z + u, jnp.zeros((2, 3)), jnp.ones((2, 3)))
+    np.testing.assert_array_equal(found.converged, [True, False])
+    np.testing.assert_allclose(found.value[0], 2.0, rtol=1e-5)
+    assert np.isfinite(found.value).all()
+
+
+def test_a_solver_of_optimistix_says_how_it_went_too():
+    args = problem()
+    newton = optimistix.Newton(rtol=1e-4, atol=1e-4)
+    found = find_equilibrium(layer, jnp.zeros((4, 20)), args, solver=newton)
+    assert found.converged.all()
+    assert found.residual.max() < 1e-3
+    assert found.steps < 10
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda u: equilibrium(layer, u, solver=nt_deq.Anderson()), "not for finite networks"),
+        (lambda u: equilibrium(layer, u, adjoint="implicit"), "adjoint='implicit' has to be"),
+        (lambda u: equilibrium(layer, u, max_steps=0), "max_steps=0 has to be an integer"),
+        (lambda u: equilibrium(layer, jnp.ones(())), r"z0 is float32\[\]"),
+        (lambda u: equilibrium(layer, [u, u[:2]]), r"z0 is float32\[4, 20\], float32\[2, 20\]"),
+        (lambda u: equilibrium(layer, jnp.arange(3)), r"z0 is int32\[3\]"),
+        (lambda u: equilibrium(lambda z, _: z[:, :1], u), r"float32\[4, 1\] of float32\[4, 20\]"),
+    ],
+)
+def test_bad_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(jnp.ones((4, 20)))

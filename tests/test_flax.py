@@ -10,8 +10,17 @@ from flax import nnx
 from jax import random
 
 import nt_deq
-from nt_deq import NotConvergedError, stax
-from nt_deq.flax import DEQ, Dense, functional
+from nt_deq import (
+    Implicit,
+    NoEquilibriumError,
+    NotConvergedError,
+    Unrolled,
+    jacobian_regularization,
+    spectral_radius,
+    stax,
+)
+from nt_deq.flax import DEQ, Conv, Dense, FixedPoint, from_stax, functional, to_stax
+from nt_deq.iterations import Anderson, Broyden, Iteration
 
 
 class Network(nnx.Module):
@@ -132,10 +141,165 @@ def test_a_warm_start_changes_nothing(x64):
 
 
 def test_no_equilibrium_is_an_error_or_nan():
-    deq = DEQ(5, 100, W_std=4.0, rngs=nnx.Rngs(0))
+    deq = DEQ(5, 100, W_std=4.0, activation="erf", rngs=nnx.Rngs(0))
     with pytest.raises(NotConvergedError, match="take a smaller W_std"):
         deq(inputs())
     assert np.isnan(nnx.jit(lambda m, x: m(x))(deq, inputs())).all()
+    assert not deq.solve(inputs()).converged.any()
+
+
+def test_a_W_std_with_which_no_input_has_an_equilibrium_is_refused(caplog):
+    """ReLU: W_std² E[φ'²] = W_std²/2; a saturating φ may be stable for large inputs."""
+    for W_std, phi in ((1.5, "relu"), (1.0, "abs"), (1.0, "identity")):
+        with pytest.raises(
+            NoEquilibriumError, match=rf"W_std={W_std} has to be below .* for {phi}"
+        ):
+            DEQ(5, 8, W_std=W_std, activation=phi, rngs=nnx.Rngs(0))
+    caplog.set_level("INFO", "nt_deq")
+    for _ in range(2):
+        DEQ(5, 8, W_std=1.41, activation="relu", rngs=nnx.Rngs(0))
+    assert [record.getMessage()[:21] for record in caplog.records] == ["W_std=1.41 with relu:"]
+    DEQ(5, 8, W_std=0.49, activation="relu", rngs=nnx.Rngs(0))
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("parameterization", ["ntk", "standard"])
+def test_parameters_go_to_stax_and_back(x64, parameterization):
+    same = {"parameterization": parameterization}
+    rngs, x, image = nnx.Rngs(0), inputs(), random.normal(random.key(1), (2, 4, 5, 3))
+
+    def conv(features, size, **kwargs):
+        return Conv(features, 6, size, rngs=rngs, **kwargs, **same)
+
+    def stax_conv(size, padding="SAME", **kwargs):
+        return stax.Conv(6, size, padding=padding, **kwargs, **same)
+
+    common = {"W_std": 0.7, "U_std": 1.3, "b_std": 0.2, "activation": "erf"}
+    pairs = [
+        (DEQ(5, 8, rngs=rngs, **common, **same), stax.DEQ(8, 0.7, 1.3, 0.2, "erf", **same), x),
+        (
+            DEQ(3, 6, kernel_size=(3, 2), padding="CIRCULAR", rngs=rngs, **common, **same),
+            stax.serial(
+                stax.FixedPoint(
+                    stax.serial(stax.Erf(), stax_conv((3, 2), "CIRCULAR", W_std=0.7)),
+                    stax_conv((3, 2), "CIRCULAR", W_std=1.3, b_std=0.2),
+                ),
+                stax.Erf(),
+            ),
+            image,
+        ),
+        (
+            nnx.Sequential(
+                FixedPoint(
+                    nnx.Sequential(jnp.sin, conv(6, (2,), W_std=0.5), conv(6, (3,), b_std=0.1)),
+                    conv(3, (2,), padding="VALID", b_std=0.3),
+                ),
+                jnp.sin,
+                Dense(6, 2, W_std=1.5, b_std=0.4, rngs=rngs, **same),
+            ),
+            stax.serial(
+                stax.FixedPoint(
+                    stax.serial(stax.Sin(), stax_conv((2,), W_std=0.5), stax_conv((3,), b_std=0.1)),
+                    stax_conv((2,), "VALID", b_std=0.3),
+                ),
+                stax.Sin(),
+                stax.Dense(2, 1.5, 0.4, **same),
+            ),
+            image[:, 0],
+        ),
+    ]
+    for module, (init_fn, apply_fn, _), x in pairs:
+        fresh = init_fn(random.key(2), x.shape)[1]
+        shapes = jax.tree.map(jnp.shape, fresh)
+        assert jax.tree.map(jnp.shape, to_stax(module)) == shapes
+        np.testing.assert_allclose(apply_fn(to_stax(module), x), module(x), atol=1e-12)
+        from_stax(module, fresh)
+        np.testing.assert_allclose(module(x), apply_fn(fresh, x), atol=1e-12)
+        jax.tree.map(np.testing.assert_array_equal, to_stax(module), fresh)
+        with pytest.raises(ValueError, match="params have the shapes"):
+            from_stax(module, fresh[:1])
+
+
+def test_what_stax_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="Linear has no stax layer of the same function"):
+        to_stax(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+
+
+def test_standard_parameters_have_the_deviations(x64):
+    module = Conv(
+        20, 300, (3, 3), W_std=0.5, b_std=2.0, parameterization="standard", rngs=nnx.Rngs(0)
+    )
+    assert abs(module.W[...].std() * (9 * 20) ** 0.5 - 0.5) < 0.01
+    assert abs(module.b[...].std() - 2.0) < 0.3
+    scaled = Conv(20, 300, (3, 3), W_std=0.5, b_std=2.0, rngs=nnx.Rngs(0))
+    x = random.normal(random.key(0), (1, 4, 4, 20))
+    np.testing.assert_allclose(module(x), scaled(x), atol=1e-12)  # drawn from the same numbers
+
+
+def test_any_cell_with_any_solver_and_adjoint():
+    """A gated cell with state of its own, found and differentiated in three ways."""
+
+    class Cell(nnx.Module):
+        def __init__(self, rngs):
+            self.gate, self.linear = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+            self.calls = nnx.Variable(jnp.array(0))
+
+        def __call__(self, z):
+            self.calls[...] += 1
+            return 0.3 * nnx.sigmoid(self.gate(z)) * jnp.tanh(self.linear(z))
+
+    rngs, x = nnx.Rngs(0), inputs(3)
+    cell, inject = Cell(rngs), Dense(5, 8, rngs=rngs)
+    found = {}
+    for solver, adjoint in (
+        (None, None),
+        (Anderson(window=2), Implicit(Broyden())),
+        (Iteration(damping=0.1), Unrolled(60)),
+    ):
+        network = FixedPoint(cell, inject, solver=solver, adjoint=adjoint, max_steps=100)
+        z = network(x)
+        np.testing.assert_allclose(network.step(z, x), z, atol=1e-5)
+        loss, gradient = nnx.value_and_grad(lambda n: jnp.sum(n(x) ** 2))(network)
+        found[type(solver)] = (loss, jax.tree.leaves(nnx.state(gradient, nnx.Param)))
+        assert network.solve(x).steps <= 100
+    for loss, gradient in found.values():
+        np.testing.assert_allclose(loss, found[type(None)][0], rtol=1e-5)
+        for a, b in zip(gradient, found[type(None)][1], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+    with pytest.raises(ValueError, match=r"wrap functions in nnx\.Sequential"):
+        FixedPoint(jnp.tanh, inject)
+    with pytest.raises(ValueError, match=r"float32\[3, 4\] of float32\[3, 8\]"):
+        FixedPoint(Dense(8, 4, rngs=rngs), inject)(x)
+
+
+def test_the_jacobian_at_the_equilibrium(x64):
+    x = inputs(2)
+    deq = DEQ(5, 60, W_std=0.8, activation="tanh", rngs=nnx.Rngs(0))
+    z = deq.equilibrium(x)
+    J = jax.vmap(jax.jacobian(lambda z, x: deq.step(z[None], x[None])[0]))(z, x)
+    exact = np.abs(np.linalg.eigvals(J)).max(axis=1)
+    radius = spectral_radius(lambda z: deq.step(z, x), z, key=random.key(0), steps=300)
+    np.testing.assert_allclose(radius, exact, rtol=0.02)
+    penalty = jacobian_regularization(lambda z: deq.step(z, x), z, key=random.key(1), samples=2000)
+    np.testing.assert_allclose(penalty, np.mean(np.sum(J**2, axis=(1, 2))) / 60, rtol=0.02)
+
+    def loss(deq, key):
+        z = deq.equilibrium(x)
+        return jacobian_regularization(lambda z: deq.step(z, x), z, key=key)
+
+    step = jax.tree.map(jnp.cos, nnx.state(deq, nnx.Param))
+    slope = sum(
+        jnp.sum(a * b)
+        for a, b in zip(
+            jax.tree.leaves(nnx.grad(loss)(deq, random.key(2))), jax.tree.leaves(step), strict=True
+        )
+    )
+    values = []
+    for size in (1e-4, -1e-4):
+        moved = nnx.clone(deq)
+        nnx.update(moved, jax.tree.map(lambda p, d, s=size: p + s * d, nnx.state(deq), step))
+        values.append(loss(moved, random.key(2)))
+    np.testing.assert_allclose(slope, (values[0] - values[1]) / 2e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +316,15 @@ def test_no_equilibrium_is_an_error_or_nan():
             r"x has shape \(2, 4\).*5 features",
         ),
         (lambda **k: Dense(5, 8, **k)(jnp.ones((2, 4))), r"x has shape \(2, 4\).*5 features"),
+        (lambda **k: Dense(5, 8, parameterization="mup", **k), "parameterization='mup' has to be"),
+        (lambda **k: Conv(5, 8, (), **k), r"kernel_size=\(\) has to be one or two"),
+        (lambda **k: Conv(5, 8, (3, 0), **k), "kernel_size=0 has to be an integer"),
+        (lambda **k: Conv(5, 8, (3,), padding="FULL", **k), "padding='FULL' has to be one of"),
+        (lambda **k: Conv(5, 8, (3,), **k)(jnp.ones((2, 5))), r"\(2, 5\).*1 spatial axes"),
+        (
+            lambda **k: DEQ(5, 8, W_std=0.5, kernel_size=(3,), padding="VALID", **k),
+            "padding='VALID' changes the shape",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(make, message):

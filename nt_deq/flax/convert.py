@@ -1,0 +1,109 @@
+"""Modules as functions of their parameters, for neural-tangents and its stax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from nt_deq.flax.deq import DEQ, FixedPoint, Hidden
+from nt_deq.flax.layers import Conv, Dense
+
+
+def functional(module: nnx.Module) -> tuple[Callable[..., Array], Any]:
+    """Turns a module into a function of its parameters, as neural-tangents takes it.
+
+    `apply_fn` works with `nt.empirical_ntk_fn`, `nt.empirical_nngp_fn`, `nt.linearize` and every
+    JAX transformation.
+
+    Args:
+      module: any `nnx.Module`; it is not changed.
+
+    Returns:
+      `(apply_fn, params)` with `apply_fn(params, x) == module(x)`. Keyword arguments of `apply_fn`
+      that neural-tangents passes on (`rng`) are not for the module and are dropped.
+    """
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def apply_fn(params: Any, x: Array, **kwargs: Any) -> Array:
+        del kwargs
+        return nnx.merge(graphdef, params, rest)(x)
+
+    return apply_fn, params
+
+
+def to_stax(module: Any) -> Any:
+    """Returns the parameters of a module as the stax layer of the same function takes them.
+
+    Args:
+      module: a `Dense`, `Conv`, `DEQ`, or a `FixedPoint` or `nnx.Sequential` of these and of
+        functions without parameters.
+
+    Returns:
+      The `params` of `apply_fn(params, x)` of `stax.Dense`, `Conv`, `DEQ`, `FixedPoint`, `serial`.
+      Those of a `DEQ` with `kernel_size` are for `serial(FixedPoint(...), φ)`.
+
+    Raises:
+      ValueError: the module is of another kind.
+    """
+    return jax.tree.map(_params, _layers(module), is_leaf=_is_linear)
+
+
+def from_stax(module: Any, params: Any) -> None:
+    """Gives a module, in place, the parameters of the stax layer of the same function.
+
+    Args:
+      module: as of `to_stax`.
+      params: what `init_fn` of the stax layer returned, or training made of it.
+
+    Raises:
+      ValueError: `params` has another structure or other shapes.
+    """
+    layers, tree = jax.tree.flatten(_layers(module), is_leaf=_is_linear)
+    shapes = jax.tree.map(jnp.shape, to_stax(module))
+    found = jax.tree.map(jnp.shape, params)
+    if found != shapes:
+        raise ValueError(f"params have the shapes {found}; this module takes {shapes}.")
+    for layer, (W, b) in zip(layers, tree.flatten_up_to(params), strict=True):
+        layer.W[...] = jnp.asarray(W)
+        if b is not None:
+            layer.b[...] = jnp.ravel(b)
+
+
+def _layers(module: Any) -> Any:
+    """The Dense and Conv layers of a module, nested as the parameters of its stax layer."""
+    match module:
+        case Dense() | Conv():
+            return module
+        case DEQ() if isinstance(module.hidden, Dense):
+            return module.hidden, module.inject
+        case DEQ():
+            return (_layers(module.cell), module.inject), ()
+        case FixedPoint():
+            return _layers(module.cell), _layers(module.inject)
+        case Hidden():
+            return (), module.linear
+        case nnx.Sequential():
+            return tuple(_layers(layer) for layer in module.layers)
+        case nnx.Module() if jax.tree.leaves(nnx.state(module)):
+            raise ValueError(
+                f"{type(module).__name__} has no stax layer of the same function: use Dense, Conv, "
+                "DEQ, FixedPoint and nnx.Sequential."
+            )
+    return ()
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, Dense | Conv)
+
+
+def _params(layer: Dense | Conv) -> tuple[Array, Array | None]:
+    W = layer.W[...]
+    if layer.b_std is None:
+        return W, None
+    b = layer.b[...]
+    return W, b.reshape((1,) * (W.ndim - 1) + b.shape)
