@@ -264,6 +264,28 @@ def _transpose_rules() -> bool:
     return True
 
 
+def _structured_derivatives() -> bool:
+    # Not a matter of versions: they take equations with one result, and for others ask to report a
+    # bug in JAX or fail an assertion. The implicit derivative of an equilibrium is such a one.
+    from neural_tangents._src import empirical
+
+    eqn_vjp = empirical._eqn_vjp_fn
+
+    @functools.wraps(eqn_vjp)
+    def with_message(eqn, cotangent, *operands):
+        primitive = None if eqn is None else eqn.primitive
+        if primitive is None or not primitive.multiple_results or primitive.call_primitive:
+            return eqn_vjp(eqn, cotangent, *operands)
+        raise NotImplementedError(
+            "implementation=nt.NtkImplementation.STRUCTURED_DERIVATIVES, and AUTO, which tries it, "
+            f"cannot take the primitive {primitive.name!r}, which every deep equilibrium model "
+            "has. Use nt.NtkImplementation.JACOBIAN_CONTRACTION or NTK_VECTOR_PRODUCTS."
+        )
+
+    empirical._eqn_vjp_fn = with_message
+    return True
+
+
 def _cost_analysis() -> bool:
     # `Compiled.cost_analysis()` is a dict since JAX 0.4.38, not a list of one dict.
     from neural_tangents._src import empirical
@@ -337,6 +359,7 @@ _PATCHES: dict[str, Callable[[], bool]] = {
     "jax.interpreters.ad.source_info_util": _ad_imports,
     "jax.interpreters.ad.linearize": _linearize,
     "jax.interpreters.ad.primitive_transposes": _transpose_rules,
+    "nt.NtkImplementation.STRUCTURED_DERIVATIVES": _structured_derivatives,
     "jax.stages.Compiled.cost_analysis": _cost_analysis,
     "jax.core.eval_context": _eval_context,
     "scipy.linalg.eigvalsh": _eigvalsh,

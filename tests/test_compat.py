@@ -92,6 +92,7 @@ def test_each_bridge_is_applied_where_it_is_needed():
         "jax.interpreters.ad.source_info_util": True,
         "jax.interpreters.ad.linearize": jax_version >= (0, 10, 1),
         "jax.interpreters.ad.primitive_transposes": jax_version >= (0, 9, 1),
+        "nt.NtkImplementation.STRUCTURED_DERIVATIVES": True,
         "jax.stages.Compiled.cost_analysis": True,
         "jax.core.eval_context": True,
         "scipy.linalg.eigvalsh": True,

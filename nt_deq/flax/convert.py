@@ -64,31 +64,35 @@ def from_stax(module: Any, params: Any) -> None:
       ValueError: `params` has another structure or other shapes.
     """
     layers, tree = jax.tree.flatten(_layers(module), is_leaf=_is_linear)
-    shapes = jax.tree.map(jnp.shape, to_stax(module))
-    found = jax.tree.map(jnp.shape, params)
-    if found != shapes:
-        raise ValueError(f"params have the shapes {found}; this module takes {shapes}.")
+    expected, found = _shapes(to_stax(module)), _shapes(params)
+    if found != expected:
+        raise ValueError(f"params have the shapes {found}; this module takes {expected}.")
     for layer, (W, b) in zip(layers, tree.flatten_up_to(params), strict=True):
         layer.W[...] = jnp.asarray(W)
         if b is not None:
             layer.b[...] = jnp.ravel(b)
 
 
+def _shapes(params: Any) -> Any:
+    """Without the axes of size 1, of which a bias has as many as the inputs have axes."""
+    return jax.tree.map(lambda p: tuple(size for size in jnp.shape(p) if size != 1), params)
+
+
 def _layers(module: Any) -> Any:
-    """The Dense and Conv layers of a module, nested as the parameters of its stax layer."""
+    """The Dense and Conv layers of a module, nested as the parameters of stax: serial's a list."""
     match module:
         case Dense() | Conv():
             return module
         case DEQ() if isinstance(module.hidden, Dense):
             return module.hidden, module.inject
         case DEQ():
-            return (_layers(module.cell), module.inject), ()
+            return [(_layers(module.cell), module.inject), ()]
         case FixedPoint():
             return _layers(module.cell), _layers(module.inject)
         case Hidden():
-            return (), module.linear
+            return [(), module.linear]
         case nnx.Sequential():
-            return tuple(_layers(layer) for layer in module.layers)
+            return [_layers(layer) for layer in module.layers]
         case nnx.Module() if jax.tree.leaves(nnx.state(module)):
             raise ValueError(
                 f"{type(module).__name__} has no stax layer of the same function: use Dense, Conv, "

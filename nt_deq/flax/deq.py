@@ -102,7 +102,13 @@ class _Layer:
 
     def __call__(self, z: Array, args: tuple[Any, Array]) -> Array:
         state, u = args
-        return nnx.merge(self.graph, state)(z) + u
+        out = nnx.merge(self.graph, state)(z)
+        if not out.shape == z.shape == u.shape:
+            raise ValueError(
+                f"FixedPoint: the cell turns z of shape {z.shape} into {out.shape}, and inject(x) "
+                f"has shape {u.shape}: all have to be the same."
+            )
+        return out + u
 
 
 class DEQ(FixedPoint):
