@@ -163,7 +163,7 @@ class Unrolled(Adjoint):
         z = _repeat(layer, solver.damping, rest, z, args)
         value = layer(*lax.stop_gradient((z, args)))
         residual = sample_norm(value - lax.stop_gradient(z))
-        converged = residual <= solver.allowed(sample_norm(value), z.dtype)
+        converged = solver.within(residual, sample_norm(value))
         return SampleSolution(z, jnp.asarray(self.steps), residual, converged)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import export, random
 
 import nt_deq
-from nt_deq import Anderson, Newton, Picard, activations, stax
+from nt_deq import Anderson, Implicit, Newton, Picard, activations, iterations, stax
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -85,3 +85,17 @@ def test_the_finite_network_and_one_step_of_training():
         return value, optax.apply_updates(leaves, updates)
 
     assert assert_runs_everywhere(step, leaves, x, y)
+
+
+def test_a_convolutional_network_with_accelerated_solvers():
+    deq = nt_deq.flax.DEQ(
+        3, 4, W_std=0.5, kernel_size=(3, 3), solver=iterations.Anderson(window=2),
+        adjoint=Implicit(iterations.Broyden(terms=2)), rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    module_fn, state = nt_deq.flax.functional(deq)
+    leaves, tree = jax.tree.flatten(state)
+
+    def gradient(leaves, x):
+        return jax.grad(lambda leaves: module_fn(tree.unflatten(leaves), x).sum())(leaves)
+
+    assert assert_runs_everywhere(gradient, leaves, jnp.ones((2, 4, 4, 3)))

@@ -67,10 +67,10 @@ def from_stax(module: Any, params: Any) -> None:
     expected, found = _shapes(to_stax(module)), _shapes(params)
     if found != expected:
         raise ValueError(f"params have the shapes {found}; this module takes {expected}.")
-    for layer, (W, b) in zip(layers, tree.flatten_up_to(params), strict=True):
-        layer.W[...] = jnp.asarray(W)
-        if b is not None:
-            layer.b[...] = jnp.ravel(b)
+    for layer, pair in zip(layers, tree.flatten_up_to(params), strict=True):
+        old, structure = jax.tree.flatten(nnx.state(layer, nnx.Param))  # W and b, in this order
+        new = [jnp.reshape(p, q.shape) for p, q in zip(jax.tree.leaves(pair), old, strict=True)]
+        nnx.update(layer, structure.unflatten(new))
 
 
 def _shapes(params: Any) -> Any:

@@ -215,8 +215,9 @@ class Hidden(nnx.Module):
 
 @lru_cache(maxsize=256)  # said once
 def _check_stability(W_std: float, phi: Activation) -> None:
-    """Raises where no input has a stable equilibrium, and logs where only some networks do."""
-    if phi.homogeneous:  # E[φ'²] is the same for every input
+    """Raises where no input has a stable equilibrium, and logs where not every network has one."""
+    slope = phi.lipschitz**2  # bounds E[φ'²], which depends on the input
+    if phi.homogeneous:  # it does not
         with jax.ensure_compile_time_eval():
             slope = float(phi.dual_diagonal(jnp.ones(()))[1])
         if W_std**2 * slope >= 1:
@@ -226,11 +227,14 @@ def _check_stability(W_std: float, phi: Activation) -> None:
                 f"(W_std² E[φ'²] = {W_std**2 * slope:.4g} >= 1)."
             )
     if 2 * W_std * phi.lipschitz >= 1:
+        stable = W_std**2 * slope < 1
         _logger.info(
-            "W_std=%g with %s: an equilibrium exists for typical weights, and is unique for all "
-            "of them below W_std=%.4g only (2 W_std Lip(φ) < 1). A call that finds none raises "
-            "NotConvergedError.",
+            "W_std=%g with %s: %s. Every network has a unique one where 2 W_std Lip(φ) < 1 "
+            "(W_std < %.4g). A call that finds none raises NotConvergedError.",
             W_std,
             phi.name,
+            "wide random networks have a stable equilibrium"
+            if stable
+            else "an equilibrium is stable for those inputs only where W_std² E[φ'(z*)²] < 1",
             0.5 / phi.lipschitz,
         )

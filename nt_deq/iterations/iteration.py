@@ -105,10 +105,11 @@ class Iteration(optimistix.AbstractFixedPointSolver):
                 "lie in [0, 1)."
             )
 
-    def allowed(self, size: Array, dtype: Any) -> Array:
-        """The largest residual with which a sample of norm `size` has converged."""
-        rtol = 32 * float(jnp.finfo(dtype).eps) if self.rtol is None else self.rtol
-        return self.atol + rtol * size
+    def within(self, residual: Array, size: Array) -> Array:
+        """Whether a residual of this norm is small for a sample of norm `size`."""
+        rtol = 32 * float(jnp.finfo(size.dtype).eps) if self.rtol is None else self.rtol
+        # A norm that has overflowed allows nothing.
+        return jnp.isfinite(size) & (residual <= self.atol + rtol * size)
 
     def start(self, y: Array) -> Memory:
         """Returns what the method remembers before the first step."""
@@ -134,8 +135,8 @@ class Iteration(optimistix.AbstractFixedPointSolver):
         value, aux = fn(y, args)
         residual = value - y
         norm, size = self.norm(residual), self.norm(value)
-        finite = jnp.isfinite(norm) & jnp.isfinite(size)  # a norm that overflowed allows nothing
-        converged = state.moving & finite & (norm <= self.allowed(size, y.dtype))
+        finite = jnp.isfinite(norm) & jnp.isfinite(size)
+        converged = state.moving & self.within(norm, size)
         better = converged | (state.moving & finite & (norm < state.residual))
         best = jnp.where(spread(better, y), y, state.best)
         proposal, memory = self.propose(y, residual, norm, state.memory)
