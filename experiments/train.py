@@ -1,0 +1,260 @@
+"""Trains a deep equilibrium classifier on images, by minibatches, in Flax with optax.
+
+Writes to the directory --workdir: metrics.jsonl (a line an epoch, or every --log_every steps),
+checkpoints/ (the last one, by orbax) and run.json (what the run depends on). The same command goes
+on where a killed one was, and ends with the same parameters and metrics to the last bit.
+
+    python -m experiments.train --workdir=out/train
+    python -m experiments.train --workdir=out/mnist --data=mnist --data_dir=MNIST \
+      --n_train=60000 --n_test=10000 --width=1024 --batch_size=256 --epochs=10
+
+A line of metrics:
+    step, epoch          steps taken, and the same in epochs
+    train_loss, train_accuracy
+                         means over the minibatches since the line before, each before its step
+    test_loss, test_accuracy
+                         of all test images
+    equilibrium_steps    layers applied until the last test image is at its equilibrium
+    learning_rate        of the last step
+    seconds              since the beginning, without the time between a kill and going on
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from tqdm import tqdm
+
+from nt_deq import activations
+from experiments import launch
+from experiments.checkpoints import Run
+from experiments.classifier import LOSSES, Classifier, make_optimizer, make_schedule
+from experiments.data import Dataset, load
+from experiments.errors import InputError, TrainingError
+from experiments.launch import flag
+from experiments.network import Architecture, Network
+from experiments.report import console_table
+from experiments.workdir import Workdir, fingerprint, versions
+from nt_deq.equilibrium import MAX_STEPS, Iteration
+
+CHUNK = 8  # steps a call at most: so often the progress is told and Ctrl-C heard
+
+
+@dataclass(frozen=True)
+class Settings(launch.Settings):
+    """The flags."""
+
+    data: str = flag(
+        "digits",
+        "digits (scikit-learn's), mnist (IDX files in --data_dir, gzipped or not), or a .npz file "
+        "with arrays x_train, x_test (n, ...) and integer labels y_train, y_test (n,)",
+    )
+    data_dir: str | None = flag(None, "directory of MNIST's four IDX files, for --data=mnist")
+    n_train: int = flag(1437, "training images, drawn at random", at_least=2)
+    n_test: int = flag(360, "test images, drawn at random", at_least=1)
+    width: int = flag(256, "width of the network", at_least=1)
+    W_std: float = flag(
+        0.6, "standard deviation of the recurrent weights before training", at_least=0
+    )
+    U_std: float = flag(1.0, "standard deviation of the input weights", above=0)
+    b_std: float = flag(0.1, "standard deviation of the biases, 0 for none", at_least=0)
+    activation: str = flag("relu", f"one of {', '.join(activations)}")
+    rtol: float = flag(
+        1e-4,
+        "how closely an equilibrium is solved: |f(z) - z| <= rtol |f(z)|",
+        at_least=4e-6,
+    )
+    loss: str = flag("cross_entropy", f"one of {', '.join(LOSSES)}")
+    optimizer: str = flag("adam", "adam or sgd")
+    learning_rate: float = flag(
+        0.01,
+        "largest step size; parameters are of size 1, so that adam's is about √width times that of "
+        "a network whose weights are of size 1/√width",
+        above=0,
+    )
+    schedule: str = flag("cosine", "of the step size after the warm-up: constant, or cosine to 0")
+    warmup_steps: int = flag(0, "steps in which the step size rises to its largest", at_least=0)
+    weight_decay: float = flag(
+        0.0, "a step takes learning_rate · weight_decay of the parameters off", at_least=0
+    )
+    batch_size: int = flag(64, "images a step", at_least=1)
+    epochs: int = flag(10, "times that the training images are gone through", at_least=1)
+    log_every: int | None = flag(None, "steps a line of metrics; by default an epoch", at_least=1)
+    checkpoint_every: int | None = flag(None, "steps a checkpoint; by default an epoch", at_least=1)
+    seed: int = flag(0, "of the choice of images, their order and the initialisation", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (
+            ("activation", tuple(activations)),
+            ("loss", tuple(LOSSES)),
+            ("optimizer", ("adam", "sgd")),
+            ("schedule", ("constant", "cosine")),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(f"--{name}={value} is unknown: use one of {', '.join(known)}.")
+        if self.rtol > 0.1:
+            raise InputError(f"--rtol={self.rtol} is too large: it has to be at most 0.1.")
+        if self.data_dir is not None and self.data != "mnist":
+            raise InputError(
+                f"--data_dir={self.data_dir} is for --data=mnist alone, and --data={self.data}."
+            )
+        if self.batch_size > self.n_train:
+            raise InputError(
+                f"--batch_size={self.batch_size} is too large: there are --n_train={self.n_train} "
+                "training images."
+            )
+        if self.warmup_steps >= self.steps:
+            raise InputError(
+                f"--warmup_steps={self.warmup_steps} is too large: there are {self.steps} steps."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole minibatches in an epoch; what is left over is other images each epoch."""
+        return self.n_train // self.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Steps of training."""
+        return self.epochs * self.steps_per_epoch
+
+
+def train(settings: Settings, workdir: Workdir) -> list[dict[str, float]]:
+    """Trains a network, or goes on where an earlier run with the same settings was.
+
+    Returns:
+      The lines of metrics.
+
+    Raises:
+      InputError, TrainingError: the message says why.
+    """
+    data = load(settings.data, settings.data_dir, settings.n_train, settings.n_test, settings.seed)
+    run = Run(workdir, _identity(settings, data))
+    schedule = make_schedule(
+        settings.schedule, settings.learning_rate, settings.warmup_steps, settings.steps
+    )
+    optimizer = make_optimizer(settings.optimizer, schedule, settings.weight_decay)
+    classifier = Classifier(_network(settings, data), optimizer, settings.loss)
+    state, seconds = run.restore(classifier.init())
+    step, start = int(state.step), time.perf_counter() - seconds
+    train_set = _on_device(data.x_train, data.y_train)
+    test_set = _on_device(data.x_test, data.y_test)
+    log_every = settings.log_every or settings.steps_per_epoch
+    checkpoint_every = settings.checkpoint_every or settings.steps_per_epoch
+
+    with tqdm(total=settings.steps, initial=step, unit="step", file=sys.stderr) as bar:
+        for epoch in range(step // settings.steps_per_epoch, settings.epochs):
+            batches = _batches(settings, epoch)
+            end = (epoch + 1) * settings.steps_per_epoch
+            while step < end:
+                stop = min(step + CHUNK, end, _next(step, log_every), _next(step, checkpoint_every))
+                state = classifier.take_steps(state, *train_set, batches, stop)
+                _check(bool(state.finite), settings, int(state.step), "a minibatch")
+                bar.update(stop - step)
+                step = stop
+                if step % log_every == 0 or step == settings.steps:
+                    measured = classifier.evaluate(state.params, *test_set)
+                    _check(np.isfinite(measured.loss), settings, step, "the test images")
+                    steps = step - (step - 1) // log_every * log_every  # since the line before
+                    line = {
+                        "step": step,
+                        "epoch": step / settings.steps_per_epoch,
+                        "train_loss": float(state.loss) / steps,
+                        "train_accuracy": int(state.correct) / (steps * settings.batch_size),
+                        "test_loss": measured.loss,
+                        "test_accuracy": measured.accuracy,
+                        "equilibrium_steps": measured.equilibrium_steps,
+                        "learning_rate": float(np.asarray(schedule(step - 1))),
+                        "seconds": time.perf_counter() - start,
+                    }
+                    run.log(line)
+                    state = classifier.start_line(state)
+                    bar.set_postfix_str(
+                        f"loss {line['train_loss']:.4f}, test accuracy {measured.accuracy:.2%}"
+                    )
+                if step % checkpoint_every == 0 or step == settings.steps:
+                    run.save(step, state, time.perf_counter() - start)
+    return run.metrics()
+
+
+def _identity(settings: Settings, data: Dataset) -> dict[str, dict[str, Any]]:
+    arrays = (data.x_train, data.y_train, data.x_test, data.y_test)
+    digest = fingerprint({str(i): array for i, array in enumerate(arrays)})
+    flags = dataclasses.asdict(settings)
+    del flags["data_dir"]  # what was read there counts
+    return {"settings": flags, "data": {"digest": digest}, "versions": versions()}
+
+
+def _network(settings: Settings, data: Dataset) -> Network:
+    architecture = Architecture(settings.W_std, settings.U_std, settings.b_std, settings.activation)
+    return Network(
+        architecture,
+        data.x_train.shape[1],
+        settings.width,
+        len(data.classes),
+        nnx.Rngs(settings.seed),
+        solver=Iteration(rtol=settings.rtol),
+    )
+
+
+def _on_device(x: np.ndarray, y: np.ndarray) -> tuple[Array, Array]:
+    return jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32)
+
+
+def _batches(settings: Settings, epoch: int) -> Array:
+    """The rows of an epoch's minibatches: of the seed and the epoch alone."""
+    order = np.random.default_rng((settings.seed, epoch)).permutation(settings.n_train)
+    used = settings.steps_per_epoch * settings.batch_size
+    return jnp.asarray(order[:used].reshape(-1, settings.batch_size), jnp.int32)
+
+
+def _next(step: int, every: int) -> int:
+    return (step // every + 1) * every
+
+
+def _check(finite: bool, settings: Settings, step: int, where: str) -> None:
+    if not finite:
+        remedy = f"--W_std below {settings.W_std:.4g}"
+        if step > 1:
+            remedy = (
+                f"--learning_rate below {settings.learning_rate:.4g}, more --warmup_steps, or "
+                + remedy
+            )
+        raise TrainingError(
+            f"step {step} of {settings.steps}: the loss of {where}, or its gradient, is NaN or "
+            f"infinite: the network has no equilibrium that {MAX_STEPS} layers reach, or training "
+            f"diverged; take {remedy}, and another --workdir."
+        )
+
+
+def main(settings: Settings, workdir: Workdir) -> None:
+    """Trains, and prints the last lines of metrics."""
+    header = ("epoch", "train loss", "train acc.", "test loss", "test acc.", "layers", "seconds")
+    rows = [
+        (
+            f"{line['epoch']:.4g}",
+            f"{line['train_loss']:.4f}",
+            f"{line['train_accuracy']:.2%}",
+            f"{line['test_loss']:.4f}",
+            f"{line['test_accuracy']:.2%}",
+            f"{line['equilibrium_steps']}",
+            f"{line['seconds']:.1f}",
+        )
+        for line in train(settings, workdir)[-10:]
+    ]
+    print(console_table(header, rows))
+    print(f"\nSee {workdir.path / 'metrics.jsonl'} and checkpoints/ beside it.")
+
+
+if __name__ == "__main__":
+    launch.main(Settings, main)

@@ -1,0 +1,367 @@
+"""Training by minibatches: its steps, what it writes, how a killed run goes on."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax import lax
+
+from experiments import classifier, train
+from experiments.classifier import Classifier, make_optimizer, make_schedule
+from experiments.data import load
+from experiments.errors import InputError, TrainingError
+from experiments.network import Architecture, Network
+from experiments.train import Settings
+from experiments.workdir import Workdir
+from nt_deq.equilibrium import Iteration
+
+ROOT = Path(__file__).parents[1]
+MNIST = os.environ.get("NT_DEQ_MNIST")
+TINY = Settings(n_train=50, n_test=20, width=12, batch_size=16, epochs=2, learning_rate=0.05)
+RELU = Architecture(W_std=0.6, U_std=1.0, b_std=0.1, activation="relu")
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_seconds(metrics):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in metrics]
+
+
+def last_checkpoint(path):
+    (directory,) = (path / "checkpoints").iterdir()
+    return directory.name, ocp.StandardCheckpointer().restore(directory / "state")
+
+
+def assert_identical(a, b):
+    """The bits of the last checkpoints' states, and all metrics but the time."""
+    assert without_seconds(lines(a)) == without_seconds(lines(b))
+    (step_a, state_a), (step_b, state_b) = last_checkpoint(a), last_checkpoint(b)
+    assert step_a == step_b
+    leaves = jax.tree.leaves(state_a)
+    assert len(leaves) > 12  # parameters, both moments of adam, counters
+    for one, other in zip(leaves, jax.tree.leaves(state_b), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("train")
+    train.train(dataclasses.replace(TINY, log_every=4), Workdir(path))
+    return path
+
+
+def deep_outputs(params, x, layers=60):
+    """The network as explicit layers."""
+    hidden, inject, readout = params["deq"]["hidden"], params["deq"]["inject"], params["readout"]
+    u = x @ inject["W"][...] / np.sqrt(x.shape[1]) + 0.1 * inject["b"][...]
+    z, scale = jnp.zeros_like(u), np.sqrt(u.shape[1])
+
+    def layer(z, _):
+        return 0.6 / scale * jax.nn.relu(z) @ hidden["W"][...] + u, None
+
+    z, _ = lax.scan(layer, z, length=layers)
+    return jax.nn.relu(z) @ readout["W"][...] / scale
+
+
+@partial(jax.jit, static_argnames="loss")
+def deep_loss(params, x, labels, loss):
+    f = deep_outputs(params, x)
+    if loss == "cross_entropy":
+        return -jnp.mean(jax.nn.log_softmax(f)[jnp.arange(len(x)), labels])
+    return jnp.mean((f - (np.eye(10) - 0.1)[labels]) ** 2) / 2
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_steps_are_those_of_the_explicit_deep_network(loss):
+    data = load("digits", None, 50, 20, seed=0)
+    x, labels = jnp.asarray(data.x_train, jnp.float32), jnp.asarray(data.y_train)
+    batches = jnp.asarray(np.random.default_rng(1).permutation(50)[:48].reshape(3, 16))
+    network = Network(RELU, 64, 32, 10, nnx.Rngs(0), solver=Iteration(4e-6))
+    optimizer = make_optimizer("sgd", make_schedule("constant", 0.3, 2, 3), 0.01)
+    trainer = Classifier(network, optimizer, loss)
+    trained = trainer.take_steps(trainer.init(), x, labels, batches, 3)
+
+    params = nnx.split(network, nnx.Param)[1]
+    losses, correct = [], 0
+    for rows, rate in zip(batches, (0.1, 0.2, 0.3), strict=True):
+        losses.append(deep_loss(params, x[rows], labels[rows], loss))
+        correct += int((deep_outputs(params, x[rows]).argmax(1) == labels[rows]).sum())
+        gradient = jax.grad(deep_loss)(params, x[rows], labels[rows], loss)
+        params = jax.tree.map(lambda p, g, rate=rate: p - rate * (g + 0.01 * p), params, gradient)
+    for one, other in zip(jax.tree.leaves(trained.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    assert float(trained.loss) == pytest.approx(float(sum(losses)), rel=1e-5)
+    assert int(trained.correct) == correct
+    assert int(trained.step) == 3
+    assert trained.finite
+
+    measured = trainer.evaluate(trained.params, *data_of(data))
+    f = deep_outputs(params, data_of(data)[0])
+    assert measured.accuracy == pytest.approx(float((f.argmax(1) == data.y_test).mean()))
+    expected = deep_loss(params, data_of(data)[0], data.y_test, loss)
+    assert measured.loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def data_of(data):
+    return jnp.asarray(data.x_test, jnp.float32), jnp.asarray(data.y_test)
+
+
+def test_evaluation_in_parts(monkeypatch):
+    data = load("digits", None, 50, 20, seed=0)
+    network = Network(RELU, 64, 12, 10, nnx.Rngs(0))
+    one = Classifier(network, make_optimizer("sgd", lambda step: 0.1, 0.0), "cross_entropy")
+    params = one.init().params
+    whole = one.evaluate(params, *data_of(data))
+    monkeypatch.setattr(classifier, "EVALUATION_BATCH", 7)
+    parts = one.evaluate(params, *data_of(data))
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert parts[1:] == whole[1:]
+
+
+def test_adam_with_weight_decay_is_that_of_optax():
+    schedule = make_schedule("cosine", 0.1, 0, 10)
+    params = updated = {"a": jnp.arange(4.0), "b": jnp.ones((2, 2))}
+    ours, theirs = make_optimizer("adam", schedule, 0.3), optax.adamw(schedule, weight_decay=0.3)
+    ours_state, theirs_state = ours.init(params), theirs.init(params)
+    for i in range(3):
+        gradient = jax.tree.map(lambda p, i=i: jnp.sin(p + i), params)
+        step, ours_state = ours.update(gradient, ours_state, params)
+        params = optax.apply_updates(params, step)
+        step, theirs_state = theirs.update(gradient, theirs_state, updated)
+        updated = optax.apply_updates(updated, step)
+        jax.tree.map(np.testing.assert_array_equal, params, updated)
+
+
+def test_the_learning_rate_rises_and_falls():
+    cosine = make_schedule("cosine", 0.4, 3, 11)
+    np.testing.assert_allclose([cosine(s) for s in range(4)], [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+    for step in (3, 5, 10):
+        expected = 0.2 * (1 + np.cos(np.pi * (step - 3) / 8))
+        assert float(cosine(step)) == pytest.approx(expected, rel=1e-5)
+    constant = make_schedule("constant", 0.4, 0, 11)
+    assert [float(constant(s)) for s in (0, 10)] == pytest.approx([0.4, 0.4])
+
+
+def test_the_order_of_the_images_is_of_the_seed_and_the_epoch():
+    epochs = [np.asarray(train._batches(TINY, epoch)) for epoch in range(3)]
+    for batches in epochs:
+        assert batches.shape == (3, 16)
+        assert len(np.unique(batches)) == 48
+        assert batches.max() < 50
+    assert len({e.tobytes() for e in epochs}) == 3
+    np.testing.assert_array_equal(epochs[1], train._batches(TINY, 1))
+    other = dataclasses.replace(TINY, seed=1)
+    assert (epochs[1] != train._batches(other, 1)).any()
+
+
+def test_the_metrics_that_it_writes(run):
+    metrics = lines(run)
+    assert [line["step"] for line in metrics] == [4, 6]  # and the last, which is no fourth
+    np.testing.assert_allclose([line["epoch"] for line in metrics], [4 / 3, 2])
+    schedule = make_schedule("cosine", 0.05, 0, 6)
+    for line in metrics:
+        assert line["learning_rate"] == pytest.approx(float(schedule(line["step"] - 1)))
+        assert 5 < line["equilibrium_steps"] < 100
+        assert line["test_accuracy"] * 20 == pytest.approx(round(line["test_accuracy"] * 20))
+    seen = [4 * 16, 2 * 16]
+    for line, images in zip(metrics, seen, strict=True):
+        assert line["train_accuracy"] * images == pytest.approx(
+            round(line["train_accuracy"] * images)
+        )
+    assert metrics[0]["train_loss"] > metrics[1]["train_loss"] > 0
+    assert 0 < metrics[0]["seconds"] < metrics[1]["seconds"]
+    assert last_checkpoint(run)[0] == "6"
+
+
+def test_how_often_it_writes_changes_no_step(run, tmp_path):
+    often = dataclasses.replace(TINY, log_every=1, checkpoint_every=1)
+    losses = [line["train_loss"] for line in train.train(often, Workdir(tmp_path))]
+    expected = [line["train_loss"] for line in lines(run)]
+    assert [np.mean(losses[:4]), np.mean(losses[4:])] == pytest.approx(expected, rel=1e-6)
+    ours, theirs = (last_checkpoint(path)[1]["params"] for path in (tmp_path, run))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_it_learns_the_digits(tmp_path):
+    settings = Settings(width=64, epochs=6, learning_rate=0.03, warmup_steps=10)
+    metrics = train.train(settings, Workdir(tmp_path))
+    assert metrics[-1]["test_accuracy"] > 0.95
+    assert metrics[-1]["train_accuracy"] > 0.97
+
+
+KILLED = Settings(
+    n_train=100, n_test=50, width=16, batch_size=10, epochs=15, log_every=4, checkpoint_every=9
+)
+
+
+def kill_when(condition, path, delay=0.0):
+    """Runs the launcher, and ends it by SIGKILL `delay` seconds after `condition(path)`."""
+    flags = [f"--{k}={v}" for k, v in vars(KILLED).items() if v is not None]
+    command = [sys.executable, "-m", "experiments.train", f"--workdir={path}", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not condition(path):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+
+
+def lines_written(path):
+    file = path / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def writing_a_checkpoint(path):
+    return lines_written(path) > 8 and any("tmp" in f.name for f in path.glob("checkpoints/*"))
+
+
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_when(writing_a_checkpoint, killed)
+    assert 8 < lines_written(killed) < 38
+    train.train(KILLED, Workdir(killed))
+    train.train(KILLED, Workdir(whole))
+    assert_identical(killed, whole)
+    assert (np.diff([line["seconds"] for line in lines(killed)]) > 0).all()
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    rng = np.random.default_rng(0)
+    for n in (0, 3, 11, 17, 25, 31):
+        kill_when(lambda path, n=n: lines_written(path) >= n, killed, delay=rng.uniform(0, 0.1))
+    train.train(KILLED, Workdir(killed))
+    train.train(KILLED, Workdir(whole))
+    assert_identical(killed, whole)
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["in a line", "before a checkpoint"])
+def test_a_run_stopped_anywhere_ends_as_one_that_was_not(where, run, tmp_path, monkeypatch):
+    settings = dataclasses.replace(TINY, log_every=4)
+    workdir = Workdir(tmp_path)
+
+    def stop(run, *args):
+        if where == "in a line":
+            with open(run._metrics, "a") as file:
+                file.write('{"step": 6, "epo')
+        raise StoppedError
+
+    method = "save" if where == "before a checkpoint" else "log"
+    original = getattr(train.Run, method)
+    calls = []
+
+    def second_time(run, *args):
+        calls.append(args)
+        return stop(run) if len(calls) == 2 else original(run, *args)
+
+    monkeypatch.setattr(train.Run, method, second_time)
+    with pytest.raises(StoppedError):
+        train.train(settings, workdir)
+    assert workdir.kept == ["the checkpoint of step 3"]
+    monkeypatch.undo()
+    train.train(settings, Workdir(tmp_path))
+    assert_identical(run, tmp_path)
+
+
+def test_a_finished_run_is_not_trained_again(run, monkeypatch):
+    def no_steps(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(Classifier, "_take_steps", no_steps)
+    before = (run / "metrics.jsonl").read_bytes()
+    train.train(dataclasses.replace(TINY, log_every=4), Workdir(run))
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_directory_with_another_run(run, tmp_path, monkeypatch):
+    before = (run / "metrics.jsonl").read_bytes()
+    wider = dataclasses.replace(TINY, log_every=4, width=13)
+    with pytest.raises(InputError, match=r"holds a run with other settings: width was 12, now 13"):
+        train.train(wider, Workdir(run))
+    monkeypatch.setattr(train, "versions", lambda: {"jax": "0.1"})
+    same = dataclasses.replace(TINY, log_every=4)
+    with pytest.raises(InputError, match=r"other versions: jax was [\d.]+, now 0\.1"):
+        train.train(same, Workdir(run))
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "fingerprint", lambda arrays: "other")
+    with pytest.raises(InputError, match="holds a run with other data"):
+        train.train(same, Workdir(run))
+    assert (run / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match=r"and no run\.json that says which"):
+        train.train(same, Workdir(tmp_path))
+
+
+def test_metrics_that_were_cut(tmp_path):
+    train.train(TINY, Workdir(tmp_path))
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(InputError, match=r"has 0 bytes, and had \d+ at the last checkpoint"):
+        train.train(TINY, Workdir(tmp_path))
+
+
+def test_divergence_names_the_step_and_what_to_change(tmp_path):
+    with pytest.raises(
+        TrainingError, match=r"^step [2-9] of 6: .* take --learning_rate below 500, more --warmup"
+    ):
+        train.train(dataclasses.replace(TINY, learning_rate=500.0), Workdir(tmp_path / "a"))
+    with pytest.raises(TrainingError, match=r"^step 1 of 6: .* take --W_std below 4, and another"):
+        train.train(dataclasses.replace(TINY, W_std=4.0), Workdir(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 51}, "--batch_size=51 is too large: there are --n_train=50"),
+        ({"batch_size": 0}, "--batch_size=0 is too small"),
+        ({"epochs": 0}, "--epochs=0 is too small"),
+        ({"learning_rate": 0.0}, "--learning_rate=0.0 is too small: it has to be above 0"),
+        ({"warmup_steps": 6}, "--warmup_steps=6 is too large: there are 6 steps"),
+        ({"weight_decay": -0.1}, "--weight_decay=-0.1 is too small"),
+        ({"rtol": 1e-9}, "--rtol=1e-09 is too small: it has to be at least 4e-06"),
+        ({"rtol": 0.5}, "--rtol=0.5 is too large: it has to be at most 0.1"),
+        ({"optimizer": "lamb"}, "--optimizer=lamb is unknown: use one of adam, sgd"),
+        ({"loss": "hinge"}, "--loss=hinge is unknown: use one of cross_entropy, mse"),
+        ({"schedule": "step"}, "--schedule=step is unknown: use one of constant, cosine"),
+        ({"activation": "swish"}, "--activation=swish is unknown: use one of relu"),
+        ({"log_every": 0}, "--log_every=0 is too small"),
+        ({"checkpoint_every": 0}, "--checkpoint_every=0 is too small"),
+        ({"data_dir": "x"}, "--data_dir=x is for --data=mnist alone"),
+    ],
+)
+def test_settings_that_cannot_be_right(change, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MNIST is None, reason="NT_DEQ_MNIST does not name a directory of MNIST")
+def test_it_learns_mnist(tmp_path):
+    settings = Settings(
+        data="mnist", data_dir=MNIST, n_train=10000, n_test=2000, batch_size=256, epochs=4,
+        learning_rate=0.03,
+    )  # fmt: skip
+    assert train.train(settings, Workdir(tmp_path))[-1]["test_accuracy"] > 0.94
