@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from optax import Schedule
 from tqdm import tqdm
 
 from nt_deq import activations
@@ -140,11 +141,8 @@ def train(settings: Settings, workdir: Workdir) -> list[dict[str, float]]:
     """
     data = load(settings.data, settings.data_dir, settings.n_train, settings.n_test, settings.seed)
     run = Run(workdir, _identity(settings, data))
-    schedule = make_schedule(
-        settings.schedule, settings.learning_rate, settings.warmup_steps, settings.steps
-    )
-    optimizer = make_optimizer(settings.optimizer, schedule, settings.weight_decay)
-    classifier = Classifier(_network(settings, data), optimizer, settings.loss)
+    classifier = _classifier(settings, data.x_train.shape[1], len(data.classes))
+    schedule = _schedule(settings)
     state, seconds = run.restore(classifier.init())
     step, start = int(state.step), time.perf_counter() - seconds
     train_set = _on_device(data.x_train, data.y_train)
@@ -195,15 +193,22 @@ def _identity(settings: Settings, data: Dataset) -> dict[str, dict[str, Any]]:
     return {"settings": flags, "data": {"digest": digest}, "versions": versions()}
 
 
-def _network(settings: Settings, data: Dataset) -> Network:
-    architecture = Architecture(settings.W_std, settings.U_std, settings.b_std, settings.activation)
-    return Network(
-        architecture,
-        data.x_train.shape[1],
+def _classifier(settings: Settings, features: int, classes: int) -> Classifier:
+    network = Network(
+        Architecture(settings.W_std, settings.U_std, settings.b_std, settings.activation),
+        features,
         settings.width,
-        len(data.classes),
+        classes,
         nnx.Rngs(settings.seed),
         solver=Iteration(rtol=settings.rtol),
+    )
+    optimizer = make_optimizer(settings.optimizer, _schedule(settings), settings.weight_decay)
+    return Classifier(network, optimizer, settings.loss)
+
+
+def _schedule(settings: Settings) -> Schedule:
+    return make_schedule(
+        settings.schedule, settings.learning_rate, settings.warmup_steps, settings.steps
     )
 
 

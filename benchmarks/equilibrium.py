@@ -1,0 +1,385 @@
+"""A finite DEQ, forward and with its gradient, beside torchdeq 0.1.0 on the CPU.
+
+`z* = W_std/√n · φ(z*) W + U_std/√d · x U`: the same float32 weights and inputs, the same relative
+tolerance of every sample, forward and backward; implicit gradients in `W` and `U` on both sides.
+Each method has its turn in every round, first once untimed; times are the least of all rounds, and
+compilation is told apart. Memory is what one gradient adds at its peak, in a process of its own.
+
+torch and torchdeq are not among the project's dependencies: without them our side runs alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.custom_derivatives import linear_call
+
+import nt_deq
+from experiments.report import BLUE, GREEN, ORANGE, RED, console_table, figure_style
+
+try:
+    import torch
+    import torchdeq
+except ImportError:
+    torch = torchdeq = None
+
+INSTALL = ".venv/bin/uv pip install torch torchdeq==0.1.0   (--torch-backend=cpu: without CUDA)"
+OUT = Path("out/benchmarks")
+
+SIZES = ((256, 64), (256, 512), (1024, 64), (1024, 512))  # width, batch
+ACTIVATIONS = ("relu", "tanh")
+FEATURES, W_STD = 784, 0.6
+TOLERANCE = 32 * float(jnp.finfo(jnp.float32).eps)  # of |f(z) - z| / |f(z)|; our default
+ROUNDS = 7
+OURS = "nt_deq"
+SOLVERS = ("fixed_point_iter", "anderson", "broyden")  # torchdeq's
+COLORS = dict(zip((OURS, *SOLVERS), (BLUE, ORANGE, GREEN, RED), strict=True))
+PASSES = {"forward": "forward_seconds", "forward and backward": "gradient_seconds"}
+LARGEST_ERROR = 1e-4  # of a gradient, relatively
+Counts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Weights `W` `(n, n)`, `U` `(d, n)` of variance 1 and inputs `x`, `(batch, d)`."""
+
+    activation: str
+    W: np.ndarray
+    U: np.ndarray
+    x: np.ndarray
+
+    @classmethod
+    def draw(cls, activation: str, width: int, batch: int) -> Problem:
+        """Draws from the standard normal distribution."""
+        rng = np.random.default_rng(0)
+        shapes = ((width, width), (FEATURES, width), (batch, FEATURES))
+        return cls(activation, *(rng.normal(size=s).astype(np.float32) for s in shapes))
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one side does with a problem.
+
+    Attributes:
+      forward: computes `φ(z*)`, `(batch, n)`.
+      gradient: computes the gradient of `½ Σ φ(z*)² / batch` in `(W, U)`, forward pass included.
+      compile_seconds: what both took to compile.
+      count: how often `gradient` applies the layer and its transposed Jacobian.
+    """
+
+    forward: Callable[[], Any]
+    gradient: Callable[[], tuple[Any, Any]]
+    compile_seconds: float
+    count: Callable[[], Counts]
+
+
+def ours(problem: Problem) -> Method:
+    """`nt_deq.flax.DEQ`, as it comes, under `jax.jit`."""
+    width = problem.W.shape[0]
+    activation = nt_deq.activations[problem.activation]
+    x = jnp.asarray(problem.x)
+
+    def model(activation):
+        deq = nt_deq.flax.DEQ(FEATURES, width, W_std=W_STD, activation=activation, rngs=nnx.Rngs(0))
+        deq.hidden.W[...], deq.inject.W[...] = jnp.asarray(problem.W), jnp.asarray(problem.U)
+        return nt_deq.flax.functional(deq)
+
+    def loss(apply_fn):
+        return lambda params, x: jnp.sum(apply_fn(params, x) ** 2) / 2 / len(x)
+
+    apply_fn, params = model(activation)
+    start = time.perf_counter()
+    forward = jax.jit(apply_fn).lower(params, x).compile()
+    gradient = jax.jit(jax.grad(loss(apply_fn))).lower(params, x).compile()
+    compile_seconds = time.perf_counter() - start
+
+    def count():
+        counts = {"forward": 0, "backward": 0}
+        probed = _probed(activation.fn, counts)
+        apply_fn, params = model(dataclasses.replace(activation, fn=probed))
+        jax.block_until_ready(jax.jit(jax.grad(loss(apply_fn)))(params, x))
+        jax.effects_barrier()
+        return counts
+
+    return Method(
+        lambda: jax.block_until_ready(forward(params, x)),
+        lambda: tuple(jax.tree.leaves(jax.block_until_ready(gradient(params, x)))),
+        compile_seconds,
+        count,
+    )
+
+
+def _probed(fn: Callable, counts: Counts) -> Callable:
+    """`fn`, telling `counts` of every evaluation, and of every one of its transposed derivative."""
+
+    def tell(name):
+        def add():
+            counts[name] += 1
+
+        jax.debug.callback(add)
+
+    def transposed(_, cotangent):
+        tell("backward")
+        return cotangent
+
+    @jax.custom_jvp
+    def probe(z):
+        tell("forward")
+        return z
+
+    @probe.defjvp
+    def probe_jvp(primals, tangents):
+        return probe(*primals), linear_call(lambda _, t: t, transposed, (), *tangents)
+
+    return lambda z: fn(probe(z))
+
+
+def theirs(problem: Problem, solver: str) -> Method:
+    """One of the solvers of torchdeq, with its exact implicit gradient, `ift=True`."""
+    phi = {"relu": torch.relu, "tanh": torch.tanh}[problem.activation]
+    W, U, x = (torch.tensor(a) for a in (problem.W, problem.U, problem.x))
+    W.requires_grad_()
+    U.requires_grad_()
+    deq = torchdeq.get_deq(
+        f_solver=solver,
+        b_solver=solver,
+        ift=True,
+        f_tol=TOLERANCE,
+        b_tol=TOLERANCE,
+        f_stop_mode="rel",
+        b_stop_mode="rel",
+    )
+
+    def equilibrium(probe=lambda z: z):
+        A = W_STD / math.sqrt(len(W)) * W
+        u = x @ U / math.sqrt(FEATURES)
+        outputs, info = deq(lambda z: torch.addmm(u, phi(probe(z)), A), torch.zeros_like(u))
+        return phi(outputs[-1]), info
+
+    @torch.no_grad()
+    def forward():
+        deq.eval()
+        return equilibrium()[0]
+
+    def gradient(probe=lambda z: z):
+        deq.train()
+        loss = (equilibrium(probe)[0] ** 2).sum() / 2 / len(x)
+        return torch.autograd.grad(loss, (W, U))
+
+    def count():
+        counts = {"forward": 0, "backward": 0}
+
+        class Probe(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, z):
+                counts["forward"] += 1
+                return z.clone()
+
+            @staticmethod
+            def backward(ctx, cotangent):
+                counts["backward"] += 1
+                return cotangent
+
+        gradient(Probe.apply)
+        return counts
+
+    return Method(forward, gradient, 0.0, count)
+
+
+def methods(problem: Problem) -> dict[str, Method]:
+    """All that can run here, by name."""
+    return {OURS: ours(problem)} | {s: theirs(problem, s) for s in SOLVERS if torch is not None}
+
+
+def seconds(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Least wall time of each call, which take turns."""
+    least = dict.fromkeys(calls, math.inf)
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            call()
+            start = time.perf_counter()
+            call()
+            least[name] = min(least[name], time.perf_counter() - start)
+    return least
+
+
+def exact_gradient(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """The same gradient in float64, by plain iteration of `z` and of its adjoint."""
+    phi, derivative = {
+        "relu": (lambda z: np.maximum(z, 0), lambda z: (z > 0).astype(float)),
+        "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    }[problem.activation]
+    W, U, x = (a.astype(float) for a in (problem.W, problem.U, problem.x))
+    scale = W_STD / math.sqrt(len(W))
+    A, u = scale * W, x @ U / math.sqrt(FEATURES)
+
+    def fixed_point(f, z):
+        while np.linalg.norm(f(z) - z) > 1e-12 * np.linalg.norm(z):
+            z = f(z)
+        return z
+
+    z = fixed_point(lambda z: phi(z) @ A + u, u)
+    d = derivative(z)
+    cotangent = phi(z) * d / len(x)
+    v = fixed_point(lambda v: v @ A.T * d + cotangent, cotangent)
+    return scale * phi(z).T @ v, x.T @ v / math.sqrt(FEATURES)
+
+
+def relative_error(arrays: Any, exact: Any) -> float:
+    """The largest error, relative to the largest entry of its array."""
+    pairs = [(np.asarray(a), np.asarray(e)) for a, e in zip(arrays, exact, strict=True)]
+    return max(float(np.abs(a - e).max() / np.abs(e).max()) for a, e in pairs)
+
+
+def peak_memory(name: str, activation: str, width: int, batch: int) -> float:
+    """MiB that one gradient adds at its peak, measured in a new process (Linux)."""
+    command = [sys.executable, "-m", __spec__.name, name, activation, str(width), str(batch)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+def print_peak_memory(name: str, activation: str, width: str, batch: str) -> None:
+    """What `peak_memory` runs."""
+    problem = Problem.draw(activation, int(width), int(batch))
+    method = ours(problem) if name == OURS else theirs(problem, name)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _status("VmRSS")
+    method.gradient()
+    print(_status("VmHWM") - before)
+
+
+def _status(name: str) -> float:
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return float(lines[name].split()[0]) / 1024
+
+
+def measure(activation: str, width: int, batch: int) -> list[dict[str, Any]]:
+    """A row of figures of each method."""
+    problem = Problem.draw(activation, width, batch)
+    exact = exact_gradient(problem)
+    sides = methods(problem)
+    errors = {name: relative_error(side.gradient(), exact) for name, side in sides.items()}
+    if errors[OURS] > LARGEST_ERROR:
+        raise SystemExit(f"{OURS}'s gradient is off by {errors[OURS]:.1e}: its time means nothing.")
+    forward = seconds({name: side.forward for name, side in sides.items()})
+    gradient = seconds({name: side.gradient for name, side in sides.items()})
+    return [
+        {
+            "activation": activation,
+            "width": width,
+            "batch": batch,
+            "method": name,
+            "compile_seconds": side.compile_seconds,
+            "forward_seconds": forward[name],
+            "gradient_seconds": gradient[name],
+            "layers": side.count(),
+            "gradient_error": errors[name],
+            "peak_mib": peak_memory(name, activation, width, batch),
+        }
+        for name, side in sides.items()
+    ]
+
+
+HEADER = (
+    "problem, method",
+    "compile s",
+    "forward ms",
+    "× ours",
+    "with gradient ms",
+    "× ours",
+    "layers",
+    "error",
+    "MiB",
+)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One problem's figures."""
+    ours = rows[0]
+    return console_table(
+        HEADER,
+        [
+            (
+                f"{r['activation']} {r['width']}, batch {r['batch']}: {r['method']}",
+                f"{r['compile_seconds']:.2f}",
+                f"{1e3 * r['forward_seconds']:.2f}",
+                f"{r['forward_seconds'] / ours['forward_seconds']:.2f}",
+                f"{1e3 * r['gradient_seconds']:.2f}",
+                f"{r['gradient_seconds'] / ours['gradient_seconds']:.2f}",
+                f"{r['layers']['forward']} + {r['layers']['backward']}",
+                f"{r['gradient_error']:.0e}"
+                + ("" if r["gradient_error"] < LARGEST_ERROR else " !"),
+                f"{r['peak_mib']:.1f}",
+            )
+            for r in rows
+        ],
+    )
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draws how much longer than ours every method takes."""
+    names = list(dict.fromkeys(r["method"] for r in rows))
+    with figure_style() as plt:
+        figure, axes = plt.subplots(2, 2, figsize=(11, 6.4), sharey=True)
+        for axis_row, activation in zip(axes, ACTIVATIONS, strict=True):
+            for axis, (title, key) in zip(axis_row, PASSES.items(), strict=True):
+                for i, name in enumerate(names):
+                    mine = [r for r in rows if (r["activation"], r["method"]) == (activation, name)]
+                    base = [r for r in rows if (r["activation"], r["method"]) == (activation, OURS)]
+                    ratios = [r[key] / b[key] for r, b in zip(mine, base, strict=True)]
+                    x = np.arange(len(SIZES)) + (i - (len(names) - 1) / 2) * 0.2
+                    label = name if name == OURS else f"torchdeq, {name}"
+                    bars = axis.bar(x, ratios, 0.18, color=COLORS[name], label=label)
+                    texts = [
+                        f"{1e3 * r[key]:.3g}" + ("" if r["gradient_error"] < LARGEST_ERROR else "*")
+                        for r in mine
+                    ]
+                    axis.bar_label(bars, texts, fontsize=7, padding=1)
+                axis.set_yscale("log")
+                axis.set_xticks(range(len(SIZES)), [f"width {w}\nbatch {b}" for w, b in SIZES])
+                axis.grid(axis="x", visible=False)
+                axis.set_title(f"{activation}: {title}")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("time / time of nt_deq")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(names))
+        figure.suptitle(
+            "Finding the equilibrium of a finite network and its implicit gradient "
+            "(on the bars: milliseconds; *: the gradient is off by more than 1e-4)"
+        )
+        figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Measures every problem, prints tables, and writes JSON and the figure to `OUT`."""
+    if torch is None:
+        print(f"torchdeq is not installed, and nt_deq measured alone. To install it: {INSTALL}")
+    else:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
+    rows = []
+    for activation in ACTIVATIONS:
+        for size in SIZES:
+            rows += measure(activation, *size)
+            print(table(rows[-len(SOLVERS) - 1 :] if torch else rows[-1:]), end="\n\n", flush=True)
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "equilibrium.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw(rows, OUT / "equilibrium.png")
+    print(f"Written: {OUT / 'equilibrium.json'}, {OUT / 'equilibrium.png'}")
+
+
+if __name__ == "__main__":
+    print_peak_memory(*sys.argv[1:]) if sys.argv[1:] else main()
