@@ -1,9 +1,10 @@
-"""A finite DEQ, forward and with its gradient, beside torchdeq 0.1.0 on the CPU.
+"""A finite DEQ, forward and with its gradient, beside torchdeq 0.1.0 on one core of the CPU.
 
 `z* = W_std/√n · φ(z*) W + U_std/√d · x U`: the same float32 weights and inputs, the same relative
 tolerance of every sample, forward and backward; implicit gradients in `W` and `U` on both sides.
-Each method has its turn in every round, first once untimed; times are the least of all rounds, and
-compilation is told apart. Memory is what one gradient adds at its peak, in a process of its own.
+The methods take turns; a time is the least of the rounds, of the processor and not of the wall, so
+that what else runs on the machine counts for little. Memory is what one gradient adds at its peak,
+in a process of its own.
 
 torch and torchdeq are not among the project's dependencies: without them our side runs alone.
 """
@@ -44,7 +45,7 @@ SIZES = ((256, 64), (256, 512), (1024, 64), (1024, 512))  # width, batch
 ACTIVATIONS = ("relu", "tanh")
 FEATURES, W_STD = 784, 0.6
 TOLERANCE = 32 * float(jnp.finfo(jnp.float32).eps)  # of |f(z) - z| / |f(z)|; our default
-ROUNDS = 7
+ROUNDS = 6  # the first of which is a warm-up
 OURS = "nt_deq"
 SOLVERS = ("fixed_point_iter", "anderson", "broyden")  # torchdeq's
 COLORS = dict(zip((OURS, *SOLVERS), (BLUE, ORANGE, GREEN, RED), strict=True))
@@ -102,15 +103,14 @@ def ours(problem: Problem) -> Method:
         return lambda params, x: jnp.sum(apply_fn(params, x) ** 2) / 2 / len(x)
 
     apply_fn, params = model(activation)
-    start = time.perf_counter()
+    start = time.process_time()
     forward = jax.jit(apply_fn).lower(params, x).compile()
     gradient = jax.jit(jax.grad(loss(apply_fn))).lower(params, x).compile()
-    compile_seconds = time.perf_counter() - start
+    compile_seconds = time.process_time() - start
 
     def count():
         counts = {"forward": 0, "backward": 0}
-        probed = _probed(activation.fn, counts)
-        apply_fn, params = model(dataclasses.replace(activation, fn=probed))
+        apply_fn, params = model(dataclasses.replace(activation, fn=_probed(activation.fn, counts)))
         jax.block_until_ready(jax.jit(jax.grad(loss(apply_fn)))(params, x))
         jax.effects_barrier()
         return counts
@@ -164,20 +164,20 @@ def theirs(problem: Problem, solver: str) -> Method:
         b_stop_mode="rel",
     )
 
-    def equilibrium(probe=lambda z: z):
+    def output(probe=lambda z: z):
         A = W_STD / math.sqrt(len(W)) * W
         u = x @ U / math.sqrt(FEATURES)
-        outputs, info = deq(lambda z: torch.addmm(u, phi(probe(z)), A), torch.zeros_like(u))
-        return phi(outputs[-1]), info
+        states, _ = deq(lambda z: torch.addmm(u, phi(probe(z)), A), torch.zeros_like(u))
+        return phi(states[-1])
 
     @torch.no_grad()
     def forward():
         deq.eval()
-        return equilibrium()[0]
+        return output()
 
     def gradient(probe=lambda z: z):
         deq.train()
-        loss = (equilibrium(probe)[0] ** 2).sum() / 2 / len(x)
+        loss = (output(probe) ** 2).sum() / 2 / len(x)
         return torch.autograd.grad(loss, (W, U))
 
     def count():
@@ -206,14 +206,13 @@ def methods(problem: Problem) -> dict[str, Method]:
 
 
 def seconds(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Least wall time of each call, which take turns."""
+    """Least processor time of each call, which take turns."""
     least = dict.fromkeys(calls, math.inf)
     for _ in range(ROUNDS):
         for name, call in calls.items():
+            start = time.process_time()
             call()
-            start = time.perf_counter()
-            call()
-            least[name] = min(least[name], time.perf_counter() - start)
+            least[name] = min(least[name], time.process_time() - start)
     return least
 
 
@@ -228,9 +227,9 @@ def exact_gradient(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     A, u = scale * W, x @ U / math.sqrt(FEATURES)
 
     def fixed_point(f, z):
-        while np.linalg.norm(f(z) - z) > 1e-12 * np.linalg.norm(z):
-            z = f(z)
-        return z
+        while np.linalg.norm((new := f(z)) - z) > 1e-12 * np.linalg.norm(z):
+            z = new
+        return new
 
     z = fixed_point(lambda z: phi(z) @ A + u, u)
     d = derivative(z)
@@ -245,36 +244,37 @@ def relative_error(arrays: Any, exact: Any) -> float:
     return max(float(np.abs(a - e).max() / np.abs(e).max()) for a, e in pairs)
 
 
-def peak_memory(name: str, activation: str, width: int, batch: int) -> float:
-    """MiB that one gradient adds at its peak, measured in a new process (Linux)."""
-    command = [sys.executable, "-m", __spec__.name, name, activation, str(width), str(batch)]
+def peak_memory(name: str, width: int, batch: int) -> float:
+    """MiB that one gradient adds at its peak, measured in a new process."""
+    command = [sys.executable, "-m", "benchmarks.equilibrium", name, str(width), str(batch)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout)
 
 
-def print_peak_memory(name: str, activation: str, width: str, batch: str) -> None:
+def print_peak_memory(name: str, width: str, batch: str) -> None:
     """What `peak_memory` runs."""
-    problem = Problem.draw(activation, int(width), int(batch))
+    problem = Problem.draw("relu", int(width), int(batch))
     method = ours(problem) if name == OURS else theirs(problem, name)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
     before = _status("VmRSS")
     method.gradient()
     print(_status("VmHWM") - before)
 
 
 def _status(name: str) -> float:
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return float(lines[name].split()[0]) / 1024
 
 
 def measure(activation: str, width: int, batch: int) -> list[dict[str, Any]]:
-    """A row of figures of each method."""
+    """Returns the figures of each method, ours first."""
     problem = Problem.draw(activation, width, batch)
     exact = exact_gradient(problem)
     sides = methods(problem)
     errors = {name: relative_error(side.gradient(), exact) for name, side in sides.items()}
-    if errors[OURS] > LARGEST_ERROR:
-        raise SystemExit(f"{OURS}'s gradient is off by {errors[OURS]:.1e}: its time means nothing.")
+    for name, error in errors.items():
+        if error > LARGEST_ERROR:
+            raise SystemExit(f"{name}: its gradient is off by {error:.1e}: its time means nothing.")
     forward = seconds({name: side.forward for name, side in sides.items()})
     gradient = seconds({name: side.gradient for name, side in sides.items()})
     return [
@@ -288,68 +288,51 @@ def measure(activation: str, width: int, batch: int) -> list[dict[str, Any]]:
             "gradient_seconds": gradient[name],
             "layers": side.count(),
             "gradient_error": errors[name],
-            "peak_mib": peak_memory(name, activation, width, batch),
         }
         for name, side in sides.items()
     ]
 
 
-HEADER = (
-    "problem, method",
-    "compile s",
-    "forward ms",
-    "× ours",
-    "with gradient ms",
-    "× ours",
-    "layers",
-    "error",
-    "MiB",
-)
+HEADER = ("compile s", "forward ms", "× ours", "with gradient ms", "× ours", "layers", "error")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One problem's figures."""
-    ours = rows[0]
-    return console_table(
-        HEADER,
-        [
-            (
-                f"{r['activation']} {r['width']}, batch {r['batch']}: {r['method']}",
-                f"{r['compile_seconds']:.2f}",
-                f"{1e3 * r['forward_seconds']:.2f}",
-                f"{r['forward_seconds'] / ours['forward_seconds']:.2f}",
-                f"{1e3 * r['gradient_seconds']:.2f}",
-                f"{r['gradient_seconds'] / ours['gradient_seconds']:.2f}",
-                f"{r['layers']['forward']} + {r['layers']['backward']}",
-                f"{r['gradient_error']:.0e}"
-                + ("" if r["gradient_error"] < LARGEST_ERROR else " !"),
-                f"{r['peak_mib']:.1f}",
-            )
-            for r in rows
-        ],
-    )
+    """One problem's figures; layers are those forward and their transposed Jacobians."""
+    first = rows[0]
+    title = f"{first['activation']}, width {first['width']}, batch {first['batch']}"
+    cells = [
+        (
+            r["method"],
+            f"{r['compile_seconds']:.2f}",
+            f"{1e3 * r['forward_seconds']:.2f}",
+            f"{r['forward_seconds'] / first['forward_seconds']:.2f}",
+            f"{1e3 * r['gradient_seconds']:.2f}",
+            f"{r['gradient_seconds'] / first['gradient_seconds']:.2f}",
+            f"{r['layers']['forward']} + {r['layers']['backward']}",
+            f"{r['gradient_error']:.0e}",
+        )
+        for r in rows
+    ]
+    return console_table((title, *HEADER), cells)
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Draws how much longer than ours every method takes."""
+    """Draws how many times longer than ours every method takes."""
     names = list(dict.fromkeys(r["method"] for r in rows))
     with figure_style() as plt:
         figure, axes = plt.subplots(2, 2, figsize=(11, 6.4), sharey=True)
-        for axis_row, activation in zip(axes, ACTIVATIONS, strict=True):
-            for axis, (title, key) in zip(axis_row, PASSES.items(), strict=True):
+        for activation, axis_row in zip(ACTIVATIONS, axes, strict=True):
+            mine = [r for r in rows if r["activation"] == activation]
+            of = {name: [r for r in mine if r["method"] == name] for name in names}
+            for (title, key), axis in zip(PASSES.items(), axis_row, strict=True):
                 for i, name in enumerate(names):
-                    mine = [r for r in rows if (r["activation"], r["method"]) == (activation, name)]
-                    base = [r for r in rows if (r["activation"], r["method"]) == (activation, OURS)]
-                    ratios = [r[key] / b[key] for r, b in zip(mine, base, strict=True)]
+                    ratios = [r[key] / b[key] for r, b in zip(of[name], of[OURS], strict=True)]
                     x = np.arange(len(SIZES)) + (i - (len(names) - 1) / 2) * 0.2
                     label = name if name == OURS else f"torchdeq, {name}"
                     bars = axis.bar(x, ratios, 0.18, color=COLORS[name], label=label)
-                    texts = [
-                        f"{1e3 * r[key]:.3g}" + ("" if r["gradient_error"] < LARGEST_ERROR else "*")
-                        for r in mine
-                    ]
-                    axis.bar_label(bars, texts, fontsize=7, padding=1)
-                axis.set_yscale("log")
+                    axis.bar_label(bars, [f"{1e3 * r[key]:.3g}" for r in of[name]], fontsize=7)
+                axis.set_yscale("log", subs=())
+                axis.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
                 axis.set_xticks(range(len(SIZES)), [f"width {w}\nbatch {b}" for w, b in SIZES])
                 axis.grid(axis="x", visible=False)
                 axis.set_title(f"{activation}: {title}")
@@ -358,26 +341,38 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(names))
         figure.suptitle(
-            "Finding the equilibrium of a finite network and its implicit gradient "
-            "(on the bars: milliseconds; *: the gradient is off by more than 1e-4)"
+            "The equilibrium of a finite network and its implicit gradient, on one core "
+            "(on the bars: milliseconds)"
         )
         figure.savefig(file, dpi=120)
 
 
 def main() -> None:
     """Measures every problem, prints tables, and writes JSON and the figure to `OUT`."""
+    if hasattr(os, "sched_setaffinity"):  # before XLA counts the cores
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     if torch is None:
-        print(f"torchdeq is not installed, and nt_deq measured alone. To install it: {INSTALL}")
+        print(f"torchdeq is not installed, so nt_deq runs alone. To install it: {INSTALL}\n")
     else:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
-    rows = []
+        torch.set_num_threads(1)
+    times, memory = [], []
     for activation in ACTIVATIONS:
         for size in SIZES:
-            rows += measure(activation, *size)
-            print(table(rows[-len(SOLVERS) - 1 :] if torch else rows[-1:]), end="\n\n", flush=True)
+            rows = measure(activation, *size)
+            print(table(rows), end="\n\n", flush=True)
+            times += rows
+    names = [r["method"] for r in rows]
+    if Path("/proc/self/clear_refs").exists():
+        memory = [[peak_memory(name, *size) for name in names] for size in SIZES]
+        cells = [
+            [f"width {w}, batch {b}", *(f"{mib:.1f}" for mib in row)]
+            for (w, b), row in zip(SIZES, memory, strict=True)
+        ]
+        print(console_table(["peak memory, MiB", *names], cells), end="\n\n")
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "equilibrium.json").write_text(json.dumps(rows, indent=1) + "\n")
-    draw(rows, OUT / "equilibrium.png")
+    results = {"methods": names, "sizes": SIZES, "times": times, "peak_mib": memory}
+    (OUT / "equilibrium.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(times, OUT / "equilibrium.png")
     print(f"Written: {OUT / 'equilibrium.json'}, {OUT / 'equilibrium.png'}")
 
 

@@ -46,7 +46,7 @@ def without_seconds(metrics):
 
 
 def last_checkpoint(path):
-    (directory,) = (path / "checkpoints").iterdir()
+    (directory,) = (f for f in (path / "checkpoints").iterdir() if f.name.isdigit())
     return directory.name, ocp.StandardCheckpointer().restore(directory / "state")
 
 
@@ -77,15 +77,15 @@ def run(tmp_path_factory):
 
 def deep_outputs(params, x, layers=60):
     """The network as explicit layers."""
-    hidden, inject, readout = params["deq"]["hidden"], params["deq"]["inject"], params["readout"]
-    u = x @ inject["W"][...] / np.sqrt(x.shape[1]) + 0.1 * inject["b"][...]
+    W, U, b, V = jax.tree.leaves(params)
+    u = x @ U / np.sqrt(x.shape[1]) + 0.1 * b
     z, scale = jnp.zeros_like(u), np.sqrt(u.shape[1])
 
     def layer(z, _):
-        return 0.6 / scale * jax.nn.relu(z) @ hidden["W"][...] + u, None
+        return 0.6 / scale * jax.nn.relu(z) @ W + u, None
 
     z, _ = lax.scan(layer, z, length=layers)
-    return jax.nn.relu(z) @ readout["W"][...] / scale
+    return jax.nn.relu(z) @ V / scale
 
 
 @functools.partial(jax.jit, static_argnames="loss")
