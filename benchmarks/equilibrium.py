@@ -12,7 +12,7 @@ torch and torchdeq are not among the project's dependencies: without them our si
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
 import os
 import subprocess
@@ -30,6 +30,7 @@ from flax import nnx
 from jax.custom_derivatives import linear_call
 
 import nt_deq
+from benchmarks import _measure
 from experiments.report import BLUE, GREEN, ORANGE, RED, console_table, figure_style
 
 try:
@@ -39,7 +40,6 @@ except ImportError:
     torch = torchdeq = None
 
 INSTALL = ".venv/bin/uv pip install torch torchdeq==0.1.0   (--torch-backend=cpu: without CUDA)"
-OUT = Path("out/benchmarks")
 
 SIZES = ((256, 64), (256, 512), (1024, 64), (1024, 512))  # width, batch
 ACTIVATIONS = ("relu", "tanh")
@@ -254,7 +254,9 @@ def peak_memory(name: str, width: int, batch: int) -> float:
 def print_peak_memory(name: str, width: str, batch: str) -> None:
     """What `peak_memory` runs."""
     problem = Problem.draw("relu", int(width), int(batch))
-    method = ours(problem) if name == OURS else theirs(problem, name)
+    build = ours if name == OURS else functools.partial(theirs, solver=name)
+    build(Problem.draw("relu", 8, 2)).gradient()  # loads what is loaded late
+    method = build(problem)
     Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
     before = _status("VmRSS")
     method.gradient()
@@ -330,7 +332,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                     x = np.arange(len(SIZES)) + (i - (len(names) - 1) / 2) * 0.2
                     label = name if name == OURS else f"torchdeq, {name}"
                     bars = axis.bar(x, ratios, 0.18, color=COLORS[name], label=label)
-                    axis.bar_label(bars, [f"{1e3 * r[key]:.3g}" for r in of[name]], fontsize=7)
+                    texts = [f"{1e3 * r[key]:.{int(r[key] < 0.1)}f}" for r in of[name]]
+                    axis.bar_label(bars, texts, fontsize=7)
                 axis.set_yscale("log", subs=())
                 axis.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
                 axis.set_xticks(range(len(SIZES)), [f"width {w}\nbatch {b}" for w, b in SIZES])
@@ -348,32 +351,31 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    """Measures every problem, prints tables, and writes JSON and the figure to `OUT`."""
+    """Measures every problem, prints tables, and writes JSON and the figure."""
     if hasattr(os, "sched_setaffinity"):  # before XLA counts the cores
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     if torch is None:
         print(f"torchdeq is not installed, so nt_deq runs alone. To install it: {INSTALL}\n")
     else:
         torch.set_num_threads(1)
-    times, memory = [], []
+    rows = []
     for activation in ACTIVATIONS:
         for size in SIZES:
-            rows = measure(activation, *size)
-            print(table(rows), end="\n\n", flush=True)
-            times += rows
-    names = [r["method"] for r in rows]
+            problem = measure(activation, *size)
+            print(table(problem), end="\n\n", flush=True)
+            rows += problem
     if Path("/proc/self/clear_refs").exists():
-        memory = [[peak_memory(name, *size) for name in names] for size in SIZES]
+        names = list(dict.fromkeys(r["method"] for r in rows))
+        memory = {(n, *size): peak_memory(n, *size) for size in SIZES for n in names}
+        for r in rows:
+            r["peak_mib"] = memory[r["method"], r["width"], r["batch"]]
         cells = [
-            [f"width {w}, batch {b}", *(f"{mib:.1f}" for mib in row)]
-            for (w, b), row in zip(SIZES, memory, strict=True)
+            [f"width {w}, batch {b}", *(f"{memory[n, w, b]:.1f}" for n in names)] for w, b in SIZES
         ]
         print(console_table(["peak memory, MiB", *names], cells), end="\n\n")
-    OUT.mkdir(parents=True, exist_ok=True)
-    results = {"methods": names, "sizes": SIZES, "times": times, "peak_mib": memory}
-    (OUT / "equilibrium.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(times, OUT / "equilibrium.png")
-    print(f"Written: {OUT / 'equilibrium.json'}, {OUT / 'equilibrium.png'}")
+    written = _measure.write("equilibrium", rows)
+    draw(rows, written.with_suffix(".png"))
+    print(f"{written}, and the figure beside it")
 
 
 if __name__ == "__main__":
