@@ -16,6 +16,7 @@ from jax import Array
 
 import nt_deq
 from nt_deq import stax
+from nt_deq.iterations import FixedPointSolver
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Architecture:
 
 
 class Network(nnx.Module):
-    """The finite network, `width` wide."""
+    """The finite network, `width` wide; `solver` finds its equilibrium, as in `nt_deq.flax.DEQ`."""
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Network(nnx.Module):
         width: int,
         outputs: int,
         rngs: nnx.Rngs,
+        solver: FixedPointSolver | None = None,
     ):
         self.deq = nt_deq.flax.DEQ(
             in_features,
@@ -51,6 +53,7 @@ class Network(nnx.Module):
             U_std=architecture.U_std,
             b_std=architecture.b_std or None,
             activation=architecture.activation,
+            solver=solver,
             rngs=rngs,
         )
         self.readout = nt_deq.flax.Dense(width, outputs, rngs=rngs)

@@ -91,13 +91,14 @@ def solve_equilibrium(
     s1, s2, s12, _ = injection
     first = _solve_marginals(activation, solver, W_var, s1)
     second = first if s2 is None else _solve_marginals(activation, solver, W_var, s2)
-    *pairs, residual, steps = _solve_pairs(
+    pairs, residual, steps = _solve_pairs(
         activation, solver, *lax.stop_gradient((W_var, injection, first, second))
     )
     args = (W_var, s12, first.variance[:, None], second.variance[None, :])
     diagonal = first[:3] if s2 is None else None
-    pairs = _differentiable(activation, tuple(pairs), args, diagonal)
-    return Equilibrium(first, second, *pairs, residual, steps)
+    pairs = _differentiable(activation, pairs, args, diagonal)
+    covariance, dual, dual_slope = pairs
+    return Equilibrium(first, second, covariance, dual, dual_slope, residual, steps)
 
 
 def marginal_map(activation: Activation, k: Array, W_var: Array, s: Array) -> tuple[Array, ...]:
@@ -114,8 +115,8 @@ def _solve_marginals(activation, solver, W_var, s) -> Marginals:
     dual, dual_slope = activation.dual_diagonal(root.value)
     rate = W_var * dual_slope
     exists = root.converged & (rate < 1 - rounding(s.dtype))
-    found = (jnp.where(exists, a, jnp.nan) for a in (root.value, dual, dual_slope))
-    return Marginals(*found, rate, root)
+    k, dual, dual_slope = (jnp.where(exists, a, jnp.nan) for a in (root.value, dual, dual_slope))
+    return Marginals(k, dual, dual_slope, rate, root)
 
 
 def inverse_root(s: Array) -> Array:
@@ -124,10 +125,10 @@ def inverse_root(s: Array) -> Array:
     return jnp.where(positive, lax.rsqrt(jnp.where(positive, s, 1)), 0)
 
 
-def _solve_pairs(activation, solver, W_var, injection, first, second) -> tuple[Array, ...]:
-    """`K*`, `V(K*)`, `V̇(K*)`, residual and steps of all pairs."""
+def _solve_pairs(activation, solver, W_var, injection, first, second):
+    """`(K*, V(K*), V̇(K*))`, residual and steps of all pairs."""
     s1, s2, s12, factors = injection
-    x1, x2, U_var, b_var = factors or (None, None, None, None)
+    x1, x2, *scale_and_shift = factors or (None, None)
     series = None
     if isinstance(solver, Chebyshev):
         moment, bend = _homogeneous(activation, W_var)
@@ -137,17 +138,19 @@ def _solve_pairs(activation, solver, W_var, injection, first, second) -> tuple[A
         number1, singles1, inverse1, x1 = rows
         number2, singles2, inverse2, x2 = columns
         if factors is not None:
+            U_var, b_var = scale_and_shift
             s12 = U_var * multiply(x1, x2) + b_var
         correlation = jnp.clip(s12 * (inverse1[:, None] * inverse2[None, :]), -1, 1)
         args = (W_var, s12, singles1[0][:, None], singles2[0][None, :])
         if series is None:
-            *pairs, steps = _solve_by_steps(activation, solver, args, correlation)
+            *found, steps = _solve_by_steps(activation, solver, args, correlation)
         else:
-            *pairs, steps = _solve_by_angle(activation, solver, series, args, correlation)
+            *found, steps = _solve_by_angle(activation, solver, series, args, correlation)
         if s2 is None:  # one number an input, where ρ = 1 would lose half of the digits of V̇
             same = number1[:, None] == number2[None, :]
-            pairs = (jnp.where(same, s[:, None], p) for s, p in zip(singles1, pairs, strict=True))
-        return *pairs, steps
+            found = (jnp.where(same, s[:, None], p) for s, p in zip(singles1, found, strict=True))
+        *pairs, residual = found
+        return tuple(pairs), residual, steps
 
     def side(s, marginals, x):
         singles = (*marginals[:3], marginals.root.residual)

@@ -81,7 +81,7 @@ class Solver(abc.ABC):
 
 def solve(
     solver: Solver,
-    fn: Callable[..., tuple[Array, Array, Array]],
+    fn: Callable[..., tuple[Array, ...]],
     args: Any,
     y0: Array,
     lower: Array,
