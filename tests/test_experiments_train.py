@@ -46,7 +46,8 @@ def without_seconds(metrics):
 
 
 def last_checkpoint(path):
-    (directory,) = (f for f in (path / "checkpoints").iterdir() if f.name.isdigit())
+    steps = [f for f in (path / "checkpoints").iterdir() if f.name.isdigit()]
+    directory = max(steps, key=lambda f: int(f.name))
     return directory.name, ocp.StandardCheckpointer().restore(directory / "state")
 
 
