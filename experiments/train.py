@@ -34,7 +34,7 @@ from jax import Array
 from optax import Schedule
 from tqdm import tqdm
 
-from nt_deq import activations
+from nt_deq import NoEquilibriumError, activations
 from experiments import launch
 from experiments.checkpoints import Run
 from experiments.classifier import LOSSES, Classifier, make_optimizer, make_schedule
@@ -44,7 +44,8 @@ from experiments.launch import flag
 from experiments.network import Architecture, Network
 from experiments.report import console_table
 from experiments.workdir import Workdir, fingerprint, versions
-from nt_deq.equilibrium import MAX_STEPS, Iteration
+from nt_deq.adjoints import MAX_STEPS
+from nt_deq.iterations import Iteration
 
 CHUNK = 8  # steps a call at most: so often the progress is told and Ctrl-C heard
 
@@ -194,14 +195,12 @@ def _identity(settings: Settings, data: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def _classifier(settings: Settings, features: int, classes: int) -> Classifier:
-    network = Network(
-        Architecture(settings.W_std, settings.U_std, settings.b_std, settings.activation),
-        features,
-        settings.width,
-        classes,
-        nnx.Rngs(settings.seed),
-        solver=Iteration(rtol=settings.rtol),
-    )
+    architecture = Architecture(settings.W_std, settings.U_std, settings.b_std, settings.activation)
+    rngs, solver = nnx.Rngs(settings.seed), Iteration(rtol=settings.rtol)
+    try:
+        network = Network(architecture, features, settings.width, classes, rngs, solver)
+    except NoEquilibriumError as error:
+        raise InputError(f"--{error}") from error
     optimizer = make_optimizer(settings.optimizer, _schedule(settings), settings.weight_decay)
     return Classifier(network, optimizer, settings.loss)
 

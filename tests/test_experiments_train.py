@@ -27,7 +27,7 @@ from experiments.errors import InputError, TrainingError
 from experiments.network import Architecture, Network
 from experiments.train import Settings
 from experiments.workdir import Workdir
-from nt_deq.equilibrium import Iteration
+from nt_deq.iterations import Iteration
 
 ROOT = Path(__file__).parents[1]
 MNIST = os.environ.get("NT_DEQ_MNIST")
@@ -337,8 +337,11 @@ def test_divergence_names_the_step_and_what_to_change(tmp_path):
         TrainingError, match=r"^step [2-9] of 6: .* take --learning_rate below 500, more --warmup"
     ):
         train.train(dataclasses.replace(TINY, learning_rate=500.0), Workdir(tmp_path / "a"))
+    chaotic = dataclasses.replace(TINY, W_std=4.0, activation="sin")
     with pytest.raises(TrainingError, match=r"^step 1 of 6: .* take --W_std below 4, and another"):
-        train.train(dataclasses.replace(TINY, W_std=4.0), Workdir(tmp_path / "b"))
+        train.train(chaotic, Workdir(tmp_path / "b"))
+    with pytest.raises(InputError, match=r"^--W_std=4\.0 has to be below 1\.41421"):
+        train.train(dataclasses.replace(TINY, W_std=4.0), Workdir(tmp_path / "c"))
 
 
 @pytest.mark.parametrize(
