@@ -172,13 +172,18 @@ def _gelu(z):
 
 def _gelu_moments(k1, k2, c, det):
     # By Stein's lemma from E[Φ(u)Φ(u')] = 1/4 + arcsin(c/√p)/2π, with p = (1+k1)(1+k2) and
-    # root² = p - c² (Tsuchida et al. 2021, "Avoiding kernel fixed points"); V̇ is ∂V/∂c.
-    p = (1 + k1) * (1 + k2)
+    # root² = p - c² (Tsuchida et al. 2021, "Avoiding kernel fixed points"); V̇ is ∂V/∂c. Written
+    # without p, whose square in their derivatives would overflow.
+    inverse1, inverse2 = 1 / (1 + k1), 1 / (1 + k2)
     root = jnp.sqrt(1 + (k1 + k2) + det)
+    tangent = c / root
     angle = jnp.arctan2(c, root)
-    v = c / 4 + (c * angle + k1 * k2 / p * root + c * (c / (p * root))) / (2 * jnp.pi)
-    dv = 0.25 + (angle + c / root * ((3 + (k1 + k2) + (c / root) ** 2) / p)) / (2 * jnp.pi)
-    return v, dv
+    saturation = (k1 * inverse1) * (k2 * inverse2)
+    correlation = (c * inverse1) * (c * inverse2)
+    v = c / 4 + (c * angle + saturation * root + correlation / root) / (2 * jnp.pi)
+    both = inverse1 * inverse2
+    rest = inverse1 + inverse2 + both + (tangent * inverse1) * (tangent * inverse2)
+    return v, 0.25 + (angle + tangent * rest) / (2 * jnp.pi)
 
 
 def _gelu_dual(k1, k2, c):

@@ -116,7 +116,8 @@ def test_float32_keeps_its_digits(name):
     jax.config.update("jax_enable_x64", False)
     size = np.sqrt(diagonals[0] * diagonals[1])
     eps = np.finfo(np.float32).eps
-    assert np.max(np.abs(single[0] - double[0]) / size[0]) < 8 * eps
+    # Sums of some ten terms; half of it where multiplications and additions are fused.
+    assert np.max(np.abs(single[0] - double[0]) / size[0]) < 16 * eps
     # V̇ has an infinite slope at ρ = 1 if φ has a kink: an error ε of c is one of √ε there.
     slope_error = np.abs(single[1] - double[1]) / np.maximum(size[1], 1e-30)
     assert np.max(slope_error) < (4 * np.sqrt(eps) if name in HOMOGENEOUS else 2e-4)
