@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import app, flags, logging
@@ -76,9 +76,28 @@ def format_value(value: Any) -> str:
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def main(settings_type: type[AnySettings], job: Callable[[AnySettings, Workdir], None]) -> None:
-    """Runs a launcher; ends the process with 0, 1 (an error), or 130 (interrupted)."""
+Configs = Mapping[str, Mapping[str, Any]]
+
+
+def main(
+    settings_type: type[AnySettings],
+    job: Callable[[AnySettings, Workdir], None],
+    configs: Configs | None = None,
+) -> None:
+    """Runs a launcher; ends the process with 0, 1 (an error), or 130 (interrupted).
+
+    Args:
+      settings_type: its flags.
+      job: what it does.
+      configs: settings that `--config=NAME` stands for, where no flag of their own is given.
+    """
     flags.DEFINE_string("workdir", None, "directory for results; what is finished is kept there")
+    if configs:
+        shown = "; ".join(
+            f"{name}: {' '.join(f'--{k}={format_value(v)}' for k, v in config.items())}"
+            for name, config in configs.items()
+        )
+        flags.DEFINE_enum("config", None, list(configs), f"other defaults ({shown})")
     _define_flags(settings_type)
     logging.set_verbosity(logging.WARNING)  # JAX tells of every kind of device it does not find
 
@@ -88,7 +107,8 @@ def main(settings_type: type[AnySettings], job: Callable[[AnySettings, Workdir],
                 raise InputError(f"{argv[1]!r} is not a flag; flags are written --name=value.")
             if not flags.FLAGS.workdir:
                 raise InputError("--workdir is missing: name a directory for the results.")
-            settings = _read_flags(settings_type)
+            config = configs[flags.FLAGS.config] if configs and flags.FLAGS.config else {}
+            settings = _read_flags(settings_type, config)
             workdir = _open(flags.FLAGS.workdir)
         except InputError as error:
             return _fail(error)
@@ -152,10 +172,11 @@ def _define_flags(settings_type: type[Settings]) -> None:
         _DEFINE[kind](field.name, default, field.metadata["help"])
 
 
-def _read_flags(settings_type: type[AnySettings]) -> AnySettings:
+def _read_flags(settings_type: type[AnySettings], config: Mapping[str, Any]) -> AnySettings:
     values = {}
     for field in dataclasses.fields(settings_type):
-        value = flags.FLAGS[field.name].value
+        given = flags.FLAGS[field.name]
+        value = config.get(field.name, given.value) if not given.present else given.value
         if isinstance(value, list):
             try:
                 value = tuple(int(number) for number in value)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from experiments.workdir import Workdir, versions
 
 # Okabe & Ito's palette, which the colour-blind tell apart too.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
@@ -107,3 +110,73 @@ def figure_style() -> Iterator[Any]:
             yield plt
         finally:
             plt.close("all")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper, and what became of it.
+
+    Attributes:
+      claim: what is claimed, with the published numbers.
+      measured: what was measured here.
+      holds: whether the measurement agrees.
+    """
+
+    claim: str
+    measured: str
+    holds: bool
+
+
+def write_claims(
+    workdir: Workdir,
+    name: str,
+    *,
+    title: str,
+    introduction: str,
+    caption: str,
+    settings: Mapping[str, Any],
+    claims: Sequence[Claim],
+    numbers: Mapping[str, Any],
+    tables: str,
+    draw: Callable[[Any], Any],
+) -> None:
+    """Writes what a launcher found: results.json, NAME.png and report.md.
+
+    Args:
+      workdir: where to.
+      name: of the launcher.
+      title: heading of the page.
+      introduction: what the claims are about.
+      caption: of the figure.
+      settings: the flags.
+      claims: what is claimed, measured, and whether it holds.
+      numbers: all that was measured, for results.json.
+      tables: Markdown.
+      draw: makes the figure, from pyplot.
+    """
+    workdir.write_json(
+        "results.json",
+        {
+            "settings": settings,
+            "versions": versions(),
+            "claims": [dataclasses.asdict(claim) for claim in claims],
+            **numbers,
+        },
+    )
+    with figure_style() as plt:
+        workdir.write_figure(f"{name}.png", draw(plt))
+    verdicts = "\n\n".join(
+        f"**Claim.** {c.claim}\n\n**Measured.** {c.measured}\n\n"
+        f"**{'It holds.' if c.holds else 'It does not hold.'}**"
+        for c in claims
+    )
+    flags = [[f"`--{key}`", f"`{value}`"] for key, value in settings.items()]
+    workdir.write_text(
+        "report.md",
+        f"# {title}\n\n{introduction}\n\n{verdicts}\n\n![figure]({name}.png)\n\n{caption}\n\n"
+        f"{tables}\n\n## Settings\n\n{markdown_table(('flag', 'value'), flags)}\n\n"
+        "All numbers are in `results.json`.\n",
+    )
+    for c in claims:
+        print(f"{'holds' if c.holds else 'FAILS'}  {c.claim}\n       {c.measured}")
+    print(f"\nSee {workdir.path / 'report.md'} and {name}.png beside it.")

@@ -27,7 +27,7 @@ def test_the_local_rate_of_relu_is_half_of_the_variance_of_the_weights(W_std):
 
 
 def test_the_local_rate_is_the_squared_spectral_radius_of_a_wide_network():
-    x, width = X[:1], 500
+    x, width = X[:1], 400
     rng = np.random.default_rng(1)
     W = rng.standard_normal((width, width)) * 0.9 / np.sqrt(width)
     u = rng.standard_normal((width, 3)) @ x[0] / np.sqrt(3)
@@ -41,7 +41,7 @@ def test_the_local_rate_is_the_squared_spectral_radius_of_a_wide_network():
 
 def test_the_local_rate_is_the_rate_of_the_kernel_solver():
     rates = theory.local_contraction(X, **TANH)
-    assert np.max(rates) == pytest.approx(nt_deq.deq_kernel(X, **TANH).rate, rel=1e-6)
+    np.testing.assert_allclose(np.max(rates), nt_deq.deq_kernel(X, **TANH).rate, rtol=1e-5)
 
 
 def quadrature(phi, k1, k2, c, nodes=120):
@@ -103,24 +103,36 @@ def test_the_kernels_of_finite_depth_tend_to_that_of_the_equilibrium(setting, la
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("setting", [TANH, RELU, {**TANH, "activation": "gelu"}])
-def test_the_kernel_converges_at_its_rate(setting):
+@pytest.mark.parametrize(
+    ("setting", "depth", "rtol"),
+    [
+        ({**TANH, "W_std": 1.1}, 10, 0.02),
+        ({**RELU, "W_std": 1.2}, 60, 1e-6),
+        ({**TANH, "W_std": 0.9, "activation": "gelu"}, 30, 1e-3),
+    ],
+    ids=["tanh", "relu", "gelu"],
+)
+def test_the_kernel_converges_at_its_rate(setting, depth, rtol):
     limit = nt_deq.deq_kernel(X, **setting).nngp
-    errors = np.abs(theory.depth_kernels(X, depths=(12, 13), **setting) - limit)
-    np.testing.assert_allclose(
-        errors[1] / errors[0], theory.convergence_rate(X, **setting), rtol=1e-3
-    )
+    errors = np.abs(theory.depth_kernels(X, depths=(depth, depth + 1), **setting) - limit)
+    rate = theory.convergence_rate(X, **setting)
+    np.testing.assert_allclose(errors[1] / errors[0], rate, rtol=rtol)
 
 
 @pytest.mark.usefixtures("x64")
 def test_layers_of_the_tied_network_approach_each_other_at_the_local_rate():
-    depths = [14, 15, 16]
+    setting = {**TANH, "W_std": 1.1}
     k, ahead = (
-        np.array([np.diagonal(m) for m in theory.depth_kernels(X, depths=depths, lag=lag, **TANH)])
+        np.array(
+            [
+                np.diagonal(kernel)
+                for kernel in theory.depth_kernels(X, depths=[14, 15, 16], lag=lag, **setting)
+            ]
+        )
         for lag in (0, 1)
     )
     increments = k[1:] + k[:-1] - 2 * ahead[:-1]  # E|z^(l+1) - z^l|²
-    rate = theory.local_contraction(X, **TANH)
+    rate = theory.local_contraction(X, **setting)
     np.testing.assert_allclose(increments[1] / increments[0], rate, rtol=1e-3)
 
 
@@ -139,7 +151,7 @@ def test_correlations_of_the_relu_mlp_go_to_one():
     np.testing.assert_allclose(1 - rho[-1][off], 4.43e-7, rtol=3e-3)
     np.testing.assert_allclose(1 - rho[-1][off], theory.mlp_correlation_gap(10_000), rtol=5e-3)
     smallest = [theory.smallest_eigenvalue(k).value for k in kernels]
-    assert smallest[0] > 0.05 > smallest[2] > 1e-6 > smallest[3]
+    assert smallest[0] > 0.05 > smallest[2] > 1e-5 > smallest[3]
 
 
 def test_the_smallest_eigenvalue_tells_singular_from_positive_definite():
@@ -229,4 +241,4 @@ def test_the_kernels_of_finite_depth_are_compiled_and_differentiated():
         )[0, 0, 1]
 
     slope = jax.jit(jax.grad(entry))(0.6)
-    assert slope == pytest.approx((entry(0.61) - entry(0.59)) / 0.02, rel=1e-3)
+    np.testing.assert_allclose(slope, (entry(0.61) - entry(0.59)) / 0.02, rtol=1e-3)
