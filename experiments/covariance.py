@@ -141,7 +141,10 @@ def _draw(settings: Settings, found: dict[str, dict[str, Any]], plt: Any) -> Any
         title="One network: distance to Σ*\n(a dot is a network)",
         xlabel="width",
         ylabel="relative squared error",
+        xticks=f["widths"],
+        xticklabels=f["widths"],
     )
+    axes[2].minorticks_off()
     axes[2].legend()
     return figure
 
