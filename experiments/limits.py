@@ -214,10 +214,10 @@ def _claims(settings: Settings, found: dict[str, Any]) -> list[report.Claim]:
             "its kernel's smallest eigenvalue to 0.",
             f"At depth {MLP_KERNEL_DEPTHS[-1]} 1 - ρ = {mlp['correlation_gap'][-1]:.3g} "
             f"(9π²/(2l²) = {mlp['asymptote'][-1]:.3g}), λ_min = "
-            f"{mlp['smallest_eigenvalue'][-1]:.2g}, from {mlp['smallest_eigenvalue'][0]:.2g} at "
-            "depth 1.",
+            f"{mlp['smallest_eigenvalue'][-1]:.2g}, from {max(mlp['smallest_eigenvalue']):.2g} at "
+            "its largest.",
             abs(mlp["correlation_gap"][-1] / mlp["asymptote"][-1] - 1) < 0.01
-            and mlp["smallest_eigenvalue"][-1] < 1e-3 * mlp["smallest_eigenvalue"][0],
+            and mlp["smallest_eigenvalue"][-1] < 1e-3 * max(mlp["smallest_eigenvalue"]),
         )
     )
     narrow = mlp["grid"][min(mlp["grid"])]["median_single_error"]
