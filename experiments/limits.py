@@ -30,10 +30,15 @@ from experiments.random_networks import ACTIVATIONS, output_covariance, relative
 from experiments.workdir import Workdir
 
 DEPTHS = (1, 2, 3, 5, 10, 30)
-MLP_DEPTHS = (1, 4, 16, 64, 256)
+MLP_DEPTHS = (1, 4, 16, 64)
 KERNEL_DEPTHS = tuple(range(1, 13))  # of the kernel's own convergence
 MLP_KERNEL_DEPTHS = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
-FULL = {"widths": (32, 64, 128, 256, 512, 1000), "networks": 1000, "inputs_count": 10}
+FULL = {
+    "widths": (32, 64, 128, 256, 512, 1000),
+    "mlp_widths": (16, 32, 64, 128, 256, 512),
+    "networks": 1000,
+    "inputs_count": 10,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Settings(random_networks.Settings):
     """The flags."""
 
     inputs_count: int = flag(5, "Gaussian inputs of 10 features", at_least=2)
-    widths: tuple[int, ...] = flag((32, 128, 512), "widths of the networks", at_least=2)
+    widths: tuple[int, ...] = flag((32, 128, 512), "widths of the tied networks", at_least=2)
+    mlp_widths: tuple[int, ...] = flag((16, 64, 256), "widths of the MLPs", at_least=2)
     networks: int = flag(100, "networks of each width", at_least=3)
 
     def __post_init__(self) -> None:
@@ -155,7 +161,7 @@ def measure_mlp(settings: Settings, workdir: Workdir) -> dict[str, Any]:
         "depths": MLP_DEPTHS,
         "grid": {
             width: _against(_mlps(settings, workdir, x, width), by_depth)
-            for width in sorted(settings.widths)
+            for width in sorted(settings.mlp_widths)
         },
         "kernel_depths": MLP_KERNEL_DEPTHS,
         "correlation_gap": gaps.tolist(),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nt_deq
-from experiments import covariance, gaussianity, random_networks
+from experiments import covariance, gaussianity, limits, random_networks, spectrum
 from experiments.errors import InputError
 from experiments.report import Claim
 from experiments.workdir import Workdir
@@ -77,7 +77,7 @@ def test_blocks_of_networks_are_kept_and_independent_of_their_size(tmp_path, mon
 
 def test_covariance(tmp_path):
     settings = covariance.Settings(
-        inputs_count=4, mean_width=64, networks=400, widths=(16, 64, 256), repeats=10
+        inputs_count=4, mean_width=64, networks=300, widths=(16, 64, 256), repeats=10
     )
     found = launch(covariance, settings, tmp_path)["measured"]
     x = np.random.default_rng(0).standard_normal((4, 10))
@@ -111,11 +111,60 @@ def test_gaussianity(tmp_path):
     assert narrow["independence_p_value"] < 1e-3
 
 
+def test_limits(tmp_path):
+    settings = limits.Settings(inputs_count=3, widths=(16, 128), mlp_widths=(8, 64), networks=40)
+    found = launch(limits, settings, tmp_path)["measured"]
+    for activation in ("tanh", "relu"):
+        f = found[activation]
+        assert f["measured_rate"] == pytest.approx(f["rate"], rel=0.1)
+        ratios = np.divide(f["kernel_errors"][5:9], f["kernel_errors"][4:8])
+        assert (ratios < 1.3 * f["rate"] ** 2).all()
+        for width, scale in (("16", 16), ("128", 128)):
+            own, equilibrium = (
+                f["grid"][width][k] for k in ("of_this_depth", "of_the_equilibrium")
+            )
+            np.testing.assert_allclose(  # depth 30 is the equilibrium
+                own["mean_error"][-1], equilibrium["mean_error"][-1], rtol=1e-5
+            )
+            assert 1 < scale * equilibrium["median_single_error"][-1] < 12
+            assert own["mean_error"][-1] < 6 * own["chance_error"][-1] + 15 / scale**2
+    assert found["relu"]["rate"] == pytest.approx(0.18)
+    mlp = found["mlp"]
+    np.testing.assert_allclose(mlp["correlation_gap"][-1], 4.43e-7, rtol=3e-3)
+    assert mlp["smallest_eigenvalue"][-1] < 1e-5
+    narrow, wide = (mlp["grid"][w]["median_single_error"] for w in ("8", "64"))
+    assert narrow[0] > 3 * wide[0]
+    assert narrow[-1] > 0.6  # almost all of it: narrow and deep, a network goes to 0
+    assert wide[-1] > 3 * wide[0]
+
+
+def test_spectrum(tmp_path):
+    settings = spectrum.Settings(inputs_count=4, counts=(3, 14), widths=(16, 256), repeats=4)
+    found = launch(spectrum, settings, tmp_path)["measured"]
+    x = np.random.default_rng(0).standard_normal((14, 10))
+    for activation in ("tanh", "relu"):
+        f = found[activation]
+        solution = nt_deq.deq_kernel(x[:4], W_std=0.6, activation=activation)
+        covariance_limit = (np.asarray(solution.nngp) - x[:4] @ x[:4].T / 10) / 0.36
+        smallest = np.linalg.eigvalsh(covariance_limit)[0]
+        assert f["by_W_std"]["0.6"]["nngp"]["value"] == pytest.approx(smallest, abs=1e-5)
+        assert f["limit"] == pytest.approx(smallest, abs=1e-5)
+        for case in (*f["by_W_std"].values(), *f["by_count"].values()):
+            assert case["nngp"]["positive"]
+            assert case["ntk"]["value"] > case["nngp"]["value"]
+        assert np.mean(f["finite"]["16"]) < np.mean(f["finite"]["256"])
+        assert np.mean(f["finite"]["256"]) == pytest.approx(smallest, rel=0.3)
+    assert [case["positive"] for case in found["exceptions"].values()] == [False] * 3 + [True] * 3
+    mlp = [case["value"] for case in found["mlp"]]
+    assert mlp[-1] < 1e-3 * max(mlp)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: covariance.Settings(widths=(8, 16)), "three different"),
         (lambda: gaussianity.Settings(widths=(8, 8)), "two different"),
+        (lambda: limits.Settings(widths=(8,)), "two different"),
         (lambda: gaussianity.Settings(networks=50, inputs_count=30), "--networks=50"),
     ],
 )
