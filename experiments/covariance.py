@@ -135,14 +135,14 @@ def _draw(settings: Settings, found: dict[str, dict[str, Any]], plt: Any) -> Any
         axes[2].loglog(
             f["widths"], line, color=colour, label=f"{activation}: width^{s['exponent']:.2f}"
         )
-    widths = np.array(f["widths"], float)
+    widths = np.array(sorted(settings.widths))
     axes[2].loglog(widths, 15 / widths, "--", color=report.BLACK, label="published: 15/width")
     axes[2].set(
         title="One network: distance to Σ*\n(a dot is a network)",
         xlabel="width",
         ylabel="relative squared error",
-        xticks=f["widths"],
-        xticklabels=f["widths"],
+        xticks=widths,
+        xticklabels=widths,
     )
     axes[2].minorticks_off()
     axes[2].legend()

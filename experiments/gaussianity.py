@@ -70,7 +70,7 @@ def measure(outputs: np.ndarray, limit: np.ndarray) -> dict[str, Any]:
     vectors = outputs.reshape(len(outputs), -1)
     joint = theory.mardia(vectors)
     covariance = theory.covariance_test(vectors, np.kron(limit, np.eye(OUTPUTS)))
-    squares = stats.pearsonr(outputs[:, 0, 0] ** 2, outputs[:, 0, 1] ** 2)
+    squares: Any = stats.pearsonr(outputs[:, 0, 0] ** 2, outputs[:, 0, 1] ** 2)
     return {
         "networks_used": len(outputs),
         "lilliefors": test._asdict(),

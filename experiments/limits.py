@@ -26,7 +26,7 @@ from nt_deq import theory
 from experiments import launch, random_networks, report
 from experiments.errors import InputError
 from experiments.launch import flag
-from experiments.random_networks import ACTIVATIONS, output_covariance, relative_error
+from experiments.random_networks import ACTIVATIONS, CALL, output_moments, relative_error
 from experiments.workdir import Workdir
 
 DEPTHS = (1, 2, 3, 5, 10, 30)
@@ -82,13 +82,12 @@ def _draw_mlps(keys, x, *, width):
 def _mlps(settings: Settings, workdir: Workdir, x: np.ndarray, width: int) -> np.ndarray:
     """Covariances of MLPs, `(networks, len(MLP_DEPTHS), m, m)`."""
     x32, count = x.astype(np.float32), settings.networks
-    call = min(25, count)
     root = jax.random.fold_in(jax.random.key(settings.seed), width)
 
     def compute():
         parts = []
-        for first in tqdm(range(0, count, call), desc=f"mlp-width-{width}", file=sys.stderr):
-            keys = jax.vmap(partial(jax.random.fold_in, root))(first + jnp.arange(call))
+        for first in tqdm(range(0, count, CALL), desc=f"mlp-width-{width}", file=sys.stderr):
+            keys = jax.vmap(partial(jax.random.fold_in, root))(first + jnp.arange(CALL))
             parts.append(np.asarray(_draw_mlps(keys, x32, width=width)))
         return {"covariances": np.concatenate(parts)[:count]}
 
@@ -121,7 +120,7 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> dict[str, 
 
         def of_depths(depths):
             kernels = theory.depth_kernels(jnp.asarray(x), depths=depths, **options)
-            return np.stack([output_covariance(kernel, activation) for kernel in kernels])
+            return np.stack([output_moments(kernel, activation)[0] for kernel in kernels])
 
         by_depth, iterates = of_depths(DEPTHS), of_depths(KERNEL_DEPTHS)
         rates = np.asarray(theory.convergence_rate(jnp.asarray(x), **options))
@@ -154,7 +153,7 @@ def measure_mlp(settings: Settings, workdir: Workdir) -> dict[str, Any]:
     with jax.enable_x64(True):
         by_depth = np.asarray(theory.mlp_kernels(jnp.asarray(x), depths=MLP_DEPTHS))
         kernels = np.asarray(theory.mlp_kernels(jnp.asarray(x), depths=MLP_KERNEL_DEPTHS))
-        asymptote = np.asarray(theory.mlp_correlation_gap(np.array(MLP_KERNEL_DEPTHS)))
+        asymptote = np.asarray(theory.mlp_correlation_gap(jnp.array(MLP_KERNEL_DEPTHS)))
     scale = np.sqrt(np.einsum("lii->li", kernels))
     gaps = 1 - (kernels / (scale[:, :, None] * scale[:, None, :]))[:, 0, 1]
     return {

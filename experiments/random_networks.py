@@ -31,6 +31,7 @@ FEATURES = 10  # of the published figures
 OUTPUTS = 2
 MAX_STEPS = 1000
 BLOCK = 2**27  # weights drawn before a part is kept
+CALL = 10  # networks of one call: the same for all counts, so that they share a program
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,25 @@ class Settings(launch.Settings):
 
     def limit(self, x: np.ndarray, activation: str) -> np.ndarray:
         """`Σ* = E[φ(z*)φ(z*)ᵀ]`, the covariance of an output at infinite width, float64."""
-        with jax.enable_x64(True):
-            k = nt_deq.deq_kernel(
-                jnp.asarray(x), W_std=self.W_std, U_std=self.U_std, activation=activation
-            ).nngp
-            return output_covariance(k, activation)
+        return output_kernels(x, W_std=self.W_std, U_std=self.U_std, activation=activation)[0]
 
 
-def output_covariance(kernel: Array, activation: str) -> np.ndarray:
-    """`E[φ(z)φ(z)ᵀ]` for `z` with covariance `kernel`, `(n, n)`."""
+def output_kernels(
+    x: np.ndarray, *, W_std: float, U_std: float, b_std: float = 0.0, activation: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Σ*` and the NTK of an output at infinite width, float64, `(m, m)` each."""
+    with jax.enable_x64(True):
+        k = nt_deq.deq_kernel(
+            jnp.asarray(x), W_std=W_std, U_std=U_std, b_std=b_std, activation=activation
+        )
+        dual, dual_slope = output_moments(k.nngp, activation)
+        return np.asarray(dual), np.asarray(dual + dual_slope * k.ntk)
+
+
+def output_moments(kernel: Array, activation: str) -> tuple[Array, Array]:
+    """`E[φ(z)φ(z)ᵀ]` and `E[φ'(z)φ'(z)ᵀ]` for `z` with covariance `kernel`, `(m, m)` each."""
     variance = jnp.diagonal(kernel)
-    return np.asarray(
-        get_activation(activation).dual(variance[:, None], variance[None, :], kernel)[0]
-    )
+    return get_activation(activation).dual(variance[:, None], variance[None, :], kernel)
 
 
 def relative_error(covariance: np.ndarray, limit: np.ndarray) -> np.ndarray:
@@ -142,7 +149,6 @@ def sample(
     """
     x32 = x.astype(np.float32)
     size = max(1, min(count, BLOCK // width**2))
-    call = max(1, size // 16)  # so that the bar moves
     blocks: list[Arrays] = []
     name = f"{activation}-width-{width}"
     with tqdm(total=count, desc=name, unit="network", file=sys.stderr) as bar:
@@ -154,9 +160,9 @@ def sample(
                 root = jax.random.fold_in(jax.random.fold_in(root, width), 1 + len(depths))
                 draw = partial(_draw, width=width, activation=activation, depths=tuple(depths))
                 parts = []
-                for first in range(start, stop, call):
-                    used = min(call, stop - first)  # one shape, one compilation
-                    keys = jax.vmap(partial(jax.random.fold_in, root))(first + jnp.arange(call))
+                for first in range(start, stop, CALL):
+                    used = min(CALL, stop - first)
+                    keys = jax.vmap(partial(jax.random.fold_in, root))(first + jnp.arange(CALL))
                     part = draw(keys, x32, settings.W_std, settings.U_std)
                     parts.append([np.asarray(array)[:used] for array in part])
                     bar.update(used)

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nt_deq import stax, theory
+from nt_deq import theory
 from experiments import launch, random_networks, report
 from experiments.launch import flag
-from experiments.random_networks import ACTIVATIONS
+from experiments.random_networks import ACTIVATIONS, output_kernels
 from experiments.workdir import Workdir
 
 PUBLISHED = {  # λ_min of E[φφᵀ] of one network, by width
@@ -55,14 +55,6 @@ class Settings(random_networks.Settings):
     repeats: int = flag(10, "networks of each width", at_least=2)
 
 
-def _kernels(x: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """`Σ*` and the NTK of a network with a readout, without bias, float64."""
-    with jax.enable_x64(True):
-        kernel_fn = stax.serial(stax.DEQ(1, **options), stax.Dense(1))[2]
-        nngp, ntk = kernel_fn(jnp.asarray(x), None, ("nngp", "ntk"))
-        return np.asarray(nngp), np.asarray(ntk)
-
-
 def _smallest(kernel: np.ndarray) -> dict[str, Any]:
     smallest = theory.smallest_eigenvalue(kernel)
     return {**smallest._asdict(), "positive": smallest.positive}
@@ -72,9 +64,8 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> dict[str, 
     """Measures the kernels and the networks of one activation."""
 
     def kernels(count, W_std):
-        nngp, ntk = _kernels(
-            settings.inputs(count), W_std=W_std, U_std=settings.U_std, activation=activation
-        )
+        x = settings.inputs(count)
+        nngp, ntk = output_kernels(x, W_std=W_std, U_std=settings.U_std, activation=activation)
         return {"nngp": _smallest(nngp), "ntk": _smallest(ntk)}
 
     x = settings.inputs(settings.inputs_count)
@@ -101,16 +92,16 @@ def exceptions(settings: Settings) -> dict[str, dict[str, Any]]:
     x = settings.inputs(4)
     more = settings.inputs(random_networks.FEATURES + 2)  # than features
     cases = {
-        "tanh on {x, −x}": ("tanh", np.concatenate([x, -x]), None),
-        "relu on {x, 2x}": ("relu", np.concatenate([x, 2 * x]), None),
-        "linear φ, more inputs than features": ("identity", more, None),
+        "tanh on {x, −x}": ("tanh", np.concatenate([x, -x]), 0.0),
+        "relu on {x, 2x}": ("relu", np.concatenate([x, 2 * x]), 0.0),
+        "linear φ, more inputs than features": ("identity", more, 0.0),
         "tanh on {x, −x}, with a bias": ("tanh", np.concatenate([x, -x]), 0.5),
         "relu on {x, 2x}, with a bias": ("relu", np.concatenate([x, 2 * x]), 0.5),
-        "relu, more inputs than features": ("relu", more, None),
+        "relu, more inputs than features": ("relu", more, 0.0),
     }
     return {
         name: _smallest(
-            _kernels(
+            output_kernels(
                 inputs, W_std=settings.W_std, U_std=settings.U_std, b_std=bias, activation=phi
             )[0]
         )

@@ -77,7 +77,7 @@ def test_blocks_of_networks_are_kept_and_independent_of_their_size(tmp_path, mon
 
 def test_covariance(tmp_path):
     settings = covariance.Settings(
-        inputs_count=4, mean_width=64, networks=300, widths=(16, 64, 256), repeats=10
+        inputs_count=4, mean_width=64, networks=300, widths=(16, 64, 256), repeats=8
     )
     found = launch(covariance, settings, tmp_path)["measured"]
     x = np.random.default_rng(0).standard_normal((4, 10))
@@ -139,7 +139,7 @@ def test_limits(tmp_path):
 
 
 def test_spectrum(tmp_path):
-    settings = spectrum.Settings(inputs_count=4, counts=(3, 14), widths=(16, 256), repeats=4)
+    settings = spectrum.Settings(inputs_count=4, counts=(4, 12), widths=(16, 256), repeats=4)
     found = launch(spectrum, settings, tmp_path)["measured"]
     x = np.random.default_rng(0).standard_normal((14, 10))
     for activation in ("tanh", "relu"):
