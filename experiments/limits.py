@@ -254,7 +254,7 @@ def _draw(found: dict[str, Any], plt: Any) -> Any:
         ax.set_xticks(f["depths"], f["depths"])
         ax.minorticks_off()
         ax.set(xlabel="depth l", ylabel="relative squared error of one network (median)")
-        ax.legend()
+        ax.legend(loc="upper right" if name == "relu" else "upper left")
     axes[0, 0].set_title("Tied ReLU network with injection, against Σ*:\ndeeper is no further away")
     axes[0, 1].set_title(
         "ReLU MLP, against the infinitely wide one of its depth:\ndeeper is further away"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nt_deq
-from experiments import covariance, gaussianity, limits, random_networks, spectrum
+from experiments import covariance, gaussianity, limits, phase, random_networks, spectrum
 from experiments.errors import InputError
 from experiments.report import Claim
 from experiments.workdir import Workdir
@@ -157,6 +157,27 @@ def test_spectrum(tmp_path):
     assert [case["positive"] for case in found["exceptions"].values()] == [False] * 3 + [True] * 3
     mlp = [case["value"] for case in found["mlp"]]
     assert mlp[-1] < 1e-3 * max(mlp)
+
+
+def test_phase(tmp_path):
+    settings = phase.Settings(inputs_count=2, points=5, width=150, networks=2)
+    found = launch(phase, settings, tmp_path)["measured"]
+    for points in found.values():
+        assert [p["W_std"] for p in points] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+        np.testing.assert_allclose([p["global"] for p in points], [0.8, 1.6, 2.4, 3.2, 4.0])
+        for p in points[:2]:
+            assert p["converged"] == 1
+            np.testing.assert_allclose(p["spectral_radii"], p["local"][0] ** 0.5, rtol=0.25)
+    relu = found["relu"]
+    np.testing.assert_allclose(
+        [p["local"] for p in relu], [[p["W_std"] ** 2 / 2] * 2 for p in relu]
+    )
+    np.testing.assert_allclose([p["kernel_rate"] for p in relu[:3]], [0.08, 0.32, 0.72])
+    assert [p["kernel_rate"] for p in relu[3:]] == [None, None]
+    assert [p["converged"] for p in relu[3:]] == [0, 0]
+    tanh = [max(p["local"]) for p in found["tanh"]]
+    assert (np.diff(tanh) > 0).all()
+    assert tanh[0] < 0.16 / 1.5  # tanh' is below 1
 
 
 @pytest.mark.parametrize(
