@@ -32,7 +32,6 @@ PHI: dict[str, tuple[Callable, Callable]] = {  # φ and φ'
     "relu": (lambda z: np.maximum(z, 0), lambda z: (z > 0).astype(float)),
 }
 LARGEST = 2.0  # of the W_std that are tried
-MARGIN = 0.15  # how far J is from 1 where a network of finite width has to be like a wide one
 MAX_STEPS = 1000
 TOLERANCE = 1e-9
 FULL = {"width": 1000, "networks": 5, "points": 40}
@@ -44,9 +43,9 @@ class Settings(launch.Settings):
 
     U_std: float = flag(1.0, "standard deviation of the input weights", above=0)
     inputs_count: int = flag(5, "Gaussian inputs of 10 features", at_least=1)
-    points: int = flag(20, f"values of W_std, up to {LARGEST}", at_least=4)
-    width: int = flag(200, "of the finite networks", at_least=2)
-    networks: int = flag(5, "finite networks for every W_std", at_least=1)
+    points: int = flag(12, f"values of W_std, up to {LARGEST}", at_least=4)
+    width: int = flag(400, "of the finite networks", at_least=2)
+    networks: int = flag(4, "finite networks for every W_std", at_least=1)
     seed: int = flag(0, "of the inputs and of the networks", at_least=0)
 
 
@@ -127,8 +126,9 @@ def _claims(settings: Settings, found: dict[str, list[dict[str, Any]]]) -> list[
                 all(p["converged"] == 1 for p in inside),
             )
         )
-        below = [p for p in points if _largest(p) < 1 - MARGIN]
-        above = [p for p in points if _largest(p) > 1 + MARGIN]
+        margin = 4 / settings.width**0.5  # finite networks differ from wide ones by so much
+        below = [p for p in points if _largest(p) < 1 - margin]
+        above = [p for p in points if _largest(p) > 1 + margin]
         crossing = next((p["W_std"] for p in points if _largest(p) >= 1), None)
         share_below = float(np.mean([p["converged"] for p in below]))
         share_above = float(np.mean([p["converged"] for p in above])) if above else None
@@ -137,9 +137,11 @@ def _claims(settings: Settings, found: dict[str, list[dict[str, Any]]]) -> list[
             if crossing is None
             else f"It reaches 1 at W_std = {crossing:.3g}."
         )
-        measured += f" Where it is below {1 - MARGIN}, {share_below:.0%} of networks come to rest"
+        measured += (
+            f" Where it is below {1 - margin:.2f}, {share_below:.0%} of networks come to rest"
+        )
         if share_above is not None:
-            measured += f"; where it is above {1 + MARGIN}, {share_above:.0%}"
+            measured += f"; where it is above {1 + margin:.2f}, {share_above:.0%}"
         claims.append(
             report.Claim(
                 f"{activation}: what decides is W_std² E[φ'(z*)²] < 1.",

@@ -26,6 +26,7 @@ from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
 from nt_deq.kernel import deq_kernel
 from nt_deq.pointwise import marginal_map, multiply
+from nt_deq.solvers import Picard
 
 Phi = str | Activation | Callable[[Array], Array]
 
@@ -72,9 +73,11 @@ def local_contraction(
       has no limit at which `J` is known, and the network none either.
     """
     phi, x, _ = _arguments(x, None, W_std, U_std, b_std, activation)
+    options = {"W_std": W_std, "U_std": U_std, "b_std": b_std, "activation": phi}
+    solver = Picard(max_steps=10_000)  # it finds the variance also where J > 1
 
     def rate(row):
-        solution = deq_kernel(row[None], W_std=W_std, U_std=U_std, b_std=b_std, activation=phi)
+        solution = deq_kernel(row[None], **options, solver=solver)
         known = solution.converged[0, 0] | (solution.rate >= 1)
         return jnp.where(known, solution.rate, jnp.nan)
 

@@ -39,6 +39,17 @@ def test_the_local_rate_is_the_squared_spectral_radius_of_a_wide_network():
     assert np.sqrt(rate) == pytest.approx(radius, rel=0.08)
 
 
+@pytest.mark.usefixtures("x64")
+def test_the_local_rate_is_known_where_the_equilibrium_is_unstable():
+    k = 1.0
+    for _ in range(500):
+        k = 1.9**2 * quadrature(np.tanh, k, k, k) + 2.0
+    slope = quadrature(lambda z: 1 / np.cosh(z) ** 2, k, k, k)
+    rate = theory.local_contraction(X[:1], W_std=1.9, activation="tanh")
+    assert float(rate[0]) == pytest.approx(1.9**2 * slope, rel=1e-4)
+    assert float(rate[0]) > 1
+
+
 def test_the_local_rate_is_the_rate_of_the_kernel_solver():
     rates = theory.local_contraction(X, **TANH)
     np.testing.assert_allclose(np.max(rates), nt_deq.deq_kernel(X, **TANH).rate, rtol=1e-5)
