@@ -141,7 +141,7 @@ def _claims(settings: Settings, found: dict[str, list[dict[str, Any]]]) -> list[
             f" Where it is below {1 - margin:.2f}, {share_below:.0%} of networks come to rest"
         )
         if share_above is not None:
-            measured += f"; where it is above {1 + margin:.2f}, {share_above:.0%}"
+            measured += f"; above {1 + margin:.2f}, {share_above:.0%}"
         claims.append(
             report.Claim(
                 f"{activation}: what decides is W_std² E[φ'(z*)²] < 1.",

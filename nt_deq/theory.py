@@ -74,12 +74,13 @@ def local_contraction(
     """
     phi, x, _ = _arguments(x, None, W_std, U_std, b_std, activation)
     options = {"W_std": W_std, "U_std": U_std, "b_std": b_std, "activation": phi}
-    solver = Picard(max_steps=10_000)  # it finds the variance also where J > 1
 
     def rate(row):
-        solution = deq_kernel(row[None], **options, solver=solver)
-        known = solution.converged[0, 0] | (solution.rate >= 1)
-        return jnp.where(known, solution.rate, jnp.nan)
+        stable = deq_kernel(row[None], **options)
+        # Newton's method may leave for infinity where J > 1; plain iteration does not.
+        iterated = deq_kernel(row[None], **options, solver=Picard(max_steps=10_000)).rate
+        unstable = jnp.where(iterated >= 1, iterated, jnp.nan)
+        return jnp.where(stable.converged[0, 0], stable.rate, unstable)
 
     return jax.vmap(rate)(x)
 
