@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+# Most of the memory of this machine, in bytes.
+MEMORY = 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -52,6 +54,8 @@ def build(fn: Callable[..., Any], *args: Any) -> Program:
 def take_turns(programs: Mapping[str, Program], budget: float = 20.0, most: int = 15) -> None:
     """Runs all programs in turn, so that what disturbs the machine disturbs all of them.
 
+    One that needs more memory than there is does not run, and its time stays infinite.
+
     Args:
       programs: they keep their least times.
       budget: seconds after which no new round starts; there are at least two, but for a program
@@ -63,7 +67,7 @@ def take_turns(programs: Mapping[str, Program], budget: float = 20.0, most: int 
         if done >= 2 and time.perf_counter() - start > budget:
             return
         for program in programs.values():
-            if done == 0 or program.run < budget:
+            if program.bytes < MEMORY and (done == 0 or program.run < budget):
                 program()
 
 

@@ -11,6 +11,7 @@ layer of the same activation.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -108,10 +109,9 @@ def measure(n: int, dtype: Any) -> list[dict[str, Any]]:
                 "dtype": np.dtype(dtype).name,
                 "case": name,
                 "compile_s": program.compile,
-                "run_s": program.run,
+                "run_s": program.run if program.run < math.inf else None,  # too large to run
                 "bytes": program.bytes,
-                "to_one_layer": program.run / one.run if one else None,
-                "to_gram": program.run / programs["x·xᵀ"].run,
+                "to_one_layer": program.run / one.run if one and program.run < math.inf else None,
             }
         )
     return rows
@@ -120,12 +120,14 @@ def measure(n: int, dtype: Any) -> list[dict[str, Any]]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints one size as a table."""
     print(f"\nn = {rows[0]['n']}, {rows[0]['dtype']}, NNGP and NTK")
-    print(f"{'':22} {'compile s':>9} {'run s':>9} {'MB':>7} {'/ 1 layer':>9} {'/ x·xᵀ':>7}")
+    print(f"{'':22} {'compile s':>9} {'MB':>7} {'run s':>9} {'/ x·xᵀ':>7} {'/ 1 layer':>9}")
     for row in rows:
-        layers = f"{row['to_one_layer']:9.2f}" if row["to_one_layer"] else " " * 9
+        times = "   does not fit into memory"
+        if row["run_s"]:
+            layers = f"{row['to_one_layer']:9.2f}" if row["to_one_layer"] else ""
+            times = f"{row['run_s']:9.4f} {row['run_s'] / rows[0]['run_s']:7.1f} {layers}"
         print(
-            f"{row['case']:22} {row['compile_s']:9.2f} {row['run_s']:9.4f} "
-            f"{row['bytes'] / 1e6:7.0f} {layers} {row['to_gram']:7.1f}",
+            f"{row['case']:22} {row['compile_s']:9.2f} {row['bytes'] / 1e6:7.0f} {times}",
             flush=True,
         )
 
@@ -149,7 +151,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
         for axis, dtype in zip(axes, ("float32", "float64"), strict=True):
             for case, (label, color, style) in lines.items():
                 points = [
-                    (r["n"], r["run_s"]) for r in rows if (r["case"], r["dtype"]) == (case, dtype)
+                    (r["n"], r["run_s"])
+                    for r in rows
+                    if (r["case"], r["dtype"]) == (case, dtype) and r["run_s"]
                 ]
                 axis.loglog(
                     *zip(*points, strict=True), style, marker="o", ms=4, color=color, label=label

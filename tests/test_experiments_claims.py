@@ -111,6 +111,7 @@ def test_gaussianity(tmp_path):
     assert narrow["independence_p_value"] < 1e-3
 
 
+@pytest.mark.slow
 def test_limits(tmp_path):
     settings = limits.Settings(inputs_count=3, widths=(16, 128), mlp_widths=(8, 64), networks=40)
     found = launch(limits, settings, tmp_path)["measured"]
@@ -138,6 +139,7 @@ def test_limits(tmp_path):
     assert wide[-1] > 3 * wide[0]
 
 
+@pytest.mark.slow
 def test_spectrum(tmp_path):
     settings = spectrum.Settings(inputs_count=4, counts=(4, 12), widths=(16, 256), repeats=4)
     found = launch(spectrum, settings, tmp_path)["measured"]
