@@ -175,7 +175,8 @@ def _gelu_moments(k1, k2, c, det):
     # root² = p - c² (Tsuchida et al. 2021, "Avoiding kernel fixed points"); V̇ is ∂V/∂c. Written
     # without p, whose square in their derivatives would overflow.
     inverse1, inverse2 = 1 / (1 + k1), 1 / (1 + k2)
-    root = jnp.sqrt(1 + (k1 + k2) + det)
+    root = 2 * jnp.sqrt(0.25 + (k1 / 4 + k2 / 4) + det / 4)
+    root = jnp.where(jnp.isfinite(root), root, jnp.nan)
     tangent = c / root
     angle = jnp.arctan2(c, root)
     saturation = (k1 * inverse1) * (k2 * inverse2)
@@ -196,8 +197,13 @@ def _gelu_dual_diagonal(k):
 
 def _damped_hyperbolic(k1, k2, c):
     """`exp(-(k1+k2)/2) · (sinh c, cosh c)` without overflow, and exact for small `c`."""
-    # (k1 - c) + (k2 - c), not k1 + k2 - 2c: a difference of near numbers is exact.
-    up, down = jnp.exp(-((k1 - c) + (k2 - c)) / 2) / 2, jnp.exp(-((k1 + c) + (k2 + c)) / 2) / 2
+
+    def half_exp(c):
+        # Not k1 + k2 - 2c: a difference of near numbers is exact. Negative only by rounding.
+        distance = (k1 - c) + (k2 - c)
+        return jnp.exp(-jnp.where(distance < 0, 0, distance) / 2) / 2
+
+    up, down = half_exp(c), half_exp(-c)
     small = jnp.exp(-(k1 + k2) / 2) * jnp.sinh(jnp.clip(c, -1, 1))
     return jnp.where(jnp.abs(c) < 1, small, up - down), up + down
 

@@ -74,7 +74,13 @@ def unrolled(cell, inject, x1, x2, layers=300):
     return u.replace(**dict(zip(names, run(s), strict=True)))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("conv_circular", "conv_1d") else name
+        for name in CASES
+    ],
+)
 def test_it_is_the_limit_of_explicit_layers(x64, name):
     cell, inject, shape = CASES[name]
     x1, x2 = pair(shape)
@@ -92,7 +98,9 @@ def test_it_is_the_limit_of_explicit_layers(x64, name):
         assert ours.shape1 == (*shape[:-1], WIDTH)
 
 
-@pytest.mark.parametrize("name", ["conv", "conv_pool", "attention"])
+@pytest.mark.parametrize(
+    "name", ["conv", *(pytest.param(n, marks=pytest.mark.slow) for n in ("conv_pool", "attention"))]
+)
 def test_solvers_agree_and_anderson_is_faster(x64, name):
     cell, inject, shape = CASES[name]
     x, _ = pair(shape)
