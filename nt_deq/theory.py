@@ -97,7 +97,7 @@ def convergence_rate(
 
     The error of the entry `(x, x')` is multiplied by `W_std² E[φ'φ']` (Price's theorem), that of a
     variance by `W_std² E[φ'² + φφ'']`; an entry inherits the errors of its two variances, so its
-    rate is the largest of the three. Gao et al. 2023 bound it by `W_std² Lip(φ)²`.
+    rate is the largest of the three.
 
     Args:
       x: inputs, `(n, d)`.
@@ -232,7 +232,7 @@ class SmallestEigenvalue(NamedTuple):
 
 
 def smallest_eigenvalue(kernel: Array | np.ndarray) -> SmallestEigenvalue:
-    """Computes λ_min, which Gao et al. 2023 show to be positive for distinct inputs of one norm.
+    """Computes λ_min, positive for distinct inputs and a φ that is no polynomial (Gao et al. 2023).
 
     Exceptions, for which 0 is exact: odd φ without bias on `{x, -x}`, homogeneous φ without bias on
     `{x, cx}` with `c > 0`, linear φ on more inputs than features (and a bias).
