@@ -165,7 +165,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
             axis.minorticks_off()
         axes[0].set_ylabel("seconds for NNGP and NTK")
         figure.suptitle(
-            "ReLU kernels of n inputs: infinitely deep (nt_deq) and explicit (neural-tangents)"
+            "ReLU kernels of n inputs: infinitely deep (nt_deq) and explicit (neural-tangents)\n"
+            "Where a point is missing, the program does not fit into memory"
         )
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center")
