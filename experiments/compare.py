@@ -8,6 +8,7 @@ computed again by another run of the same settings).
 
     python -m experiments.compare --workdir=out/compare
     python -m experiments.compare --workdir=out/mnist --data=mnist --data_dir=MNIST --n_train=500
+    python -m experiments.compare --workdir=out/compare-full --config=full
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from experiments.data import Dataset, load
 from experiments.errors import InputError
 from experiments.launch import flag
 from experiments.network import Architecture
-from experiments.workdir import Arrays, Workdir, versions
+from experiments.workdir import Arrays, Workdir
+
+FULL = {"n_train": 512, "widths": tuple(2**i for i in range(6, 12))}
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def compare(settings: Settings, workdir: Workdir) -> Comparison:
             for width in sorted(settings.widths)
         }
     comparison = analyse(data, settings.recorded_steps, limit, networks)
-    compare_report.write(dataclasses.asdict(settings), versions(), data, comparison, workdir)
+    compare_report.write(dataclasses.asdict(settings), data, comparison, workdir)
     return comparison
 
 
@@ -177,8 +180,7 @@ def _tell(line: str) -> None:
 def main(settings: Settings, workdir: Workdir) -> None:
     """Compares, and prints the table."""
     print(compare_report.console(compare(settings, workdir)))
-    print(f"\nSee {workdir.path / 'report.md'} and compare.png beside it.")
 
 
 if __name__ == "__main__":
-    launch.main(Settings, main)
+    launch.main(Settings, main, {"full": FULL})

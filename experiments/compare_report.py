@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments import report
 from experiments.compare_analysis import Comparison, Ensemble, rms
 from experiments.data import Dataset
-from experiments.launch import format_value
-from experiments.report import BLACK, RED, PowerLaw, console_table, figure_style, markdown_table
+from experiments.report import BLACK, RED, PowerLaw, console_table
 from experiments.workdir import Workdir
 
 HEADER = (
@@ -27,24 +27,87 @@ HEADER = (
 
 
 def write(
-    settings: Mapping[str, Any],
-    versions: Mapping[str, str],
-    data: Dataset,
-    comparison: Comparison,
-    workdir: Workdir,
+    settings: Mapping[str, Any], data: Dataset, comparison: Comparison, workdir: Workdir
 ) -> None:
     """Writes results.json, compare.png and report.md."""
-    workdir.write_json(
-        "results.json", {"settings": settings, "versions": versions, **comparison.numbers()}
+    e = comparison.ensembles
+    seeds = e[0].distances.shape[1]
+    n_train, n_features = data.x_train.shape
+    slopes = [
+        [str(step), f"{time:.4g}", str(fit), _interval(fit)]
+        for step, time, fit in zip(
+            comparison.steps[1:], comparison.times[1:], comparison.fits, strict=True
+        )
+    ]
+    report.write_claims(
+        workdir,
+        "compare",
+        title="Infinitely wide and finite deep equilibrium networks",
+        introduction="A deep equilibrium network runs one layer until its state stops changing, "
+        "`z* = W_std/√n · W φ(z*) + U_std/√d · U x + b_std · b`, and reads out `f = V φ(z*)/√n`. "
+        "As its width `n` grows, its outputs before training become a Gaussian process (NNGP), and "
+        "gradient descent on it becomes kernel regression with a fixed kernel, the NTK. Here both "
+        "were computed and set beside trained networks of finite width.\n\n"
+        f"Data: {n_train} training and {len(data.y_test)} held-out images of "
+        f"`{settings['data']}`, drawn at random, with {n_features} features and "
+        f"{len(data.classes)} classes. The mean training image was subtracted, and every image "
+        f"scaled to norm √{n_features}. Targets are one-hot less their mean.\n\n"
+        f"Training: {comparison.steps[-1]} steps of full-batch gradient descent on half the mean "
+        f"squared error, with learning rate {comparison.learning_rate:.4g} (from "
+        f"{comparison.max_learning_rate:.4g} on the infinitely wide network diverges), up to time "
+        f"t = {comparison.times[-1]:.4g}; {seeds} networks of each width.",
+        caption="(a) Error during training. (b) Every trained network's distance to the "
+        "infinite-width prediction that starts from that network's own outputs before training: "
+        "RMS over held-out images and outputs. (c) What the infinitely wide network and "
+        f"{_networks(e[-1])} say of four held-out images.",
+        settings=settings,
+        claims=_claims(comparison),
+        numbers=comparison.numbers(),
+        tables=[
+            report.Table(
+                HEADER,
+                _rows(comparison),
+                f"Infinite width, and networks after {comparison.steps[-1]} steps",
+                f"Test accuracy is that of the mean prediction (over initialisations; of {seeds} "
+                "networks); MSE is the mean squared error of one network, on average over "
+                "initialisations; std is how much a held-out output varies between initialisations "
+                "(RMS); distance to ∞ is that of (b), mean ± standard deviation over networks; "
+                "equilibrium steps are layers until the slowest image's state stops changing, to "
+                "the last digits, and for the kernels steps of their solver.",
+            ),
+            report.Table(
+                ("steps", "t", "slope ± standard error", "95 % interval"),
+                slopes,
+                "The slope of distance against width during training",
+            ),
+        ],
+        draw=lambda plt: _figure(plt, data, comparison),
     )
-    with figure_style() as plt:
-        workdir.write_figure("compare.png", _figure(plt, data, comparison))
-    workdir.write_text("report.md", _page(settings, versions, data, comparison))
+
+
+def _claims(comparison: Comparison) -> list[report.Claim]:
+    e, limit_std = comparison.ensembles[-1], rms(comparison.ntk.std)
+    seeds = e.distances.shape[1]
+    return [
+        report.Claim(
+            "A trained network's distance to the infinite-width prediction falls as 1/√width.",
+            _measured(comparison),
+            _agrees(comparison.fits[-1]),
+        ),
+        report.Claim(
+            "The mean of trained networks is that of the infinite ensemble.",
+            f"The mean over the {_networks(e)} is {e.mean_distance:.4f} (RMS) from the infinite "
+            f"ensemble's; as many draws from the infinite ensemble would be "
+            f"{limit_std / np.sqrt(seeds):.4f} from it, and it has to be within twice that. Their "
+            f"standard deviation is {rms(e.std) / limit_std:.2f} times the infinite ensemble's.",
+            bool(e.mean_distance < 2 * limit_std / np.sqrt(seeds)),
+        ),
+    ]
 
 
 def console(comparison: Comparison) -> str:
-    """The table and the slope."""
-    return f"{console_table(HEADER, _rows(comparison))}\n\n{_slope(comparison)}"
+    """The table of results."""
+    return console_table(HEADER, _rows(comparison))
 
 
 def _rows(comparison: Comparison) -> list[list[str]]:
@@ -77,14 +140,6 @@ def _rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def _slope(comparison: Comparison) -> str:
-    fit = comparison.fits[-1]
-    return (
-        f"distance ~ width^slope, slope {fit} (95 % interval {_interval(fit)}); theory, as the "
-        f"width grows: −1/2, which is {'in' if _agrees(fit) else 'outside'} the interval"
-    )
-
-
 def _agrees(fit: PowerLaw) -> bool:
     return fit.low <= -0.5 <= fit.high
 
@@ -93,7 +148,7 @@ def _interval(fit: PowerLaw) -> str:
     return f"{fit.low:.3f} … {fit.high:.3f}".replace("-", "−")
 
 
-def _verdict(comparison: Comparison) -> str:
+def _measured(comparison: Comparison) -> str:
     fit, widest, e = comparison.fits[-1], comparison.fit_widest, comparison.ensembles
     fell = e[0].distances[-1].mean() / e[-1].distances[-1].mean()
     text = (
@@ -246,80 +301,3 @@ def _draw_image(ax: Any, image: np.ndarray) -> None:
         image = image.reshape(side, side)
     ax.imshow(np.atleast_2d(image), cmap="gray_r", interpolation="nearest")
     ax.set_axis_off()
-
-
-def _page(
-    settings: Mapping[str, Any],
-    versions: Mapping[str, str],
-    data: Dataset,
-    comparison: Comparison,
-) -> str:
-    e = comparison.ensembles
-    seeds = e[0].distances.shape[1]
-    n_train, n_features = data.x_train.shape
-    std, limit_std = rms(e[-1].std), rms(comparison.ntk.std)
-    versions_line = ", ".join(f"{name} {version}" for name, version in versions.items())
-    settings_rows = [
-        [f"`--{name}`", f"`{format_value(value)}`"]
-        for name, value in settings.items()
-        if value is not None
-    ]
-    slopes = [
-        [str(step), f"{time:.4g}", str(fit), _interval(fit)]
-        for step, time, fit in zip(
-            comparison.steps[1:], comparison.times[1:], comparison.fits, strict=True
-        )
-    ]
-    return f"""# Infinitely wide and finite deep equilibrium networks
-
-A deep equilibrium network runs one layer until its state stops changing,
-`z* = W_std/√n · W φ(z*) + U_std/√d · U x + b_std · b`, and reads out `f = V φ(z*)/√n`. As its width
-`n` grows, its outputs before training become a Gaussian process (NNGP), and gradient descent on it
-becomes kernel regression with a fixed kernel, the NTK. Here both were computed and set beside
-trained networks of finite width.
-
-**Data.** {n_train} training and {len(data.y_test)} held-out images of `{settings["data"]}`, drawn
-at random, with {n_features} features and {len(data.classes)} classes. The mean training image was
-subtracted, and every image scaled to norm √{n_features}. Targets are one-hot less their mean.
-
-**Training.** {comparison.steps[-1]} steps of full-batch gradient descent on half the mean squared
-error, with learning rate {comparison.learning_rate:.4g} (from {comparison.max_learning_rate:.4g} on
-the infinitely wide network diverges), up to time t = {comparison.times[-1]:.4g}; {seeds} networks
-of each width.
-
-## Result
-
-{markdown_table(HEADER, _rows(comparison))}
-
-- *test accuracy*: of the mean prediction (over initialisations; of {seeds} networks).
-- *MSE*: mean squared error of one network, on average over initialisations.
-- *std*: how much a held-out output varies between initialisations (RMS).
-- *distance to ∞*: RMS over held-out images and outputs of the difference between a trained network
-  and the infinite-width prediction that starts from that network's own outputs before training;
-  mean ± standard deviation over networks.
-- *equilibrium steps*: layers until the slowest image's state stops changing, to the last digits;
-  for the kernels, steps of Newton's method.
-
-![figure](compare.png)
-
-(a) Error during training. (b) Every trained network's distance to the infinite-width prediction.
-(c) What the infinitely wide network and {_networks(e[-1])} say of four held-out images.
-
-## Does the distance fall as 1/√width?
-
-{_verdict(comparison)}
-
-The slope during training:
-
-{markdown_table(("steps", "t", "slope ± standard error", "95 % interval"), slopes)}
-
-The mean over the {_networks(e[-1])} is {e[-1].mean_distance:.4f} (RMS) from the infinite
-ensemble's; as many draws from the infinite ensemble would be {limit_std / np.sqrt(seeds):.4f} from
-it. Their standard deviation is {std / limit_std:.2f} times the infinite ensemble's.
-
-## Settings
-
-{markdown_table(("flag", "value"), settings_rows)}
-
-All numbers are in `results.json`. Versions: {versions_line}.
-"""

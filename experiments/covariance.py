@@ -169,10 +169,13 @@ def main(settings: Settings, workdir: Workdir) -> None:
         settings=dataclasses.asdict(settings),
         claims=_claims(settings, found),
         numbers={"published": PUBLISHED, "measured": found},
-        tables="## Single networks\n\n"
-        + report.markdown_table(
-            ("activation", "width", "mean relative squared error", "its standard deviation"), rows
-        ),
+        tables=[
+            report.Table(
+                ("activation", "width", "mean relative squared error", "its standard deviation"),
+                rows,
+                "Single networks",
+            )
+        ],
         draw=lambda plt: _draw(settings, found, plt),
     )
 

@@ -217,7 +217,7 @@ def main(settings: Settings, workdir: Workdir) -> None:
         settings=dataclasses.asdict(settings),
         claims=_claims(found),
         numbers={"published": PUBLISHED, "measured": found},
-        tables=report.markdown_table(header, rows),
+        tables=[report.Table(header, rows)],
         draw=lambda plt: _draw(samples, found, plt),
     )
 

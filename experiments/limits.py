@@ -310,8 +310,13 @@ def main(settings: Settings, workdir: Workdir) -> None:
         settings=dataclasses.asdict(settings),
         claims=_claims(settings, found),
         numbers={"measured": found},
-        tables="## Mean covariance against Σ*: relative squared error by depth\n\n"
-        + report.markdown_table(("networks", *(f"depth {d}" for d in DEPTHS)), rows),
+        tables=[
+            report.Table(
+                ("networks", *(f"depth {d}" for d in DEPTHS)),
+                rows,
+                "Mean covariance against Σ*: relative squared error by depth",
+            )
+        ],
         draw=lambda plt: _draw(found, plt),
     )
 

@@ -225,7 +225,7 @@ def main(settings: Settings, workdir: Workdir) -> None:
         settings=dataclasses.asdict(settings),
         claims=_claims(settings, found),
         numbers={"measured": found},
-        tables=report.markdown_table(header, rows),
+        tables=[report.Table(header, rows)],
         draw=lambda plt: _draw(found, plt),
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from experiments.launch import format_value
 from experiments.workdir import Workdir, versions
 
 # Okabe & Ito's palette, which the colour-blind tell apart too.
@@ -127,6 +128,23 @@ class Claim:
     holds: bool
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Attributes:
+      header: one text a column.
+      rows: as many texts each.
+      title: heading above it.
+      note: what the columns are, below the heading.
+    """
+
+    header: Sequence[str]
+    rows: Rows
+    title: str = ""
+    note: str = ""
+
+
 def write_claims(
     workdir: Workdir,
     name: str,
@@ -137,10 +155,12 @@ def write_claims(
     settings: Mapping[str, Any],
     claims: Sequence[Claim],
     numbers: Mapping[str, Any],
-    tables: str,
+    tables: Sequence[Table],
     draw: Callable[[Any], Any],
 ) -> None:
     """Writes what a launcher found: results.json, NAME.png and report.md.
+
+    Texts may have code in `backticks`, and blank lines between paragraphs.
 
     Args:
       workdir: where to.
@@ -151,18 +171,9 @@ def write_claims(
       settings: the flags.
       claims: what is claimed, measured, and whether it holds.
       numbers: all that was measured, for results.json.
-      tables: Markdown.
+      tables: below the figure.
       draw: makes the figure, from pyplot.
     """
-    workdir.write_json(
-        "results.json",
-        {
-            "settings": settings,
-            "versions": versions(),
-            "claims": [dataclasses.asdict(claim) for claim in claims],
-            **numbers,
-        },
-    )
     with figure_style() as plt:
         workdir.write_figure(f"{name}.png", draw(plt))
     verdicts = "\n\n".join(
@@ -170,12 +181,37 @@ def write_claims(
         f"**{'It holds.' if c.holds else 'It does not hold.'}**"
         for c in claims
     )
-    flags = [[f"`--{key}`", f"`{value}`"] for key, value in settings.items()]
+    shown = "\n\n".join(
+        (f"## {table.title}\n\n" if table.title else "")
+        + (f"{table.note}\n\n" if table.note else "")
+        + markdown_table(table.header, table.rows)
+        for table in tables
+    )
+    flags = [
+        [f"`--{key}`", f"`{format_value(value)}`"]
+        for key, value in settings.items()
+        if value is not None
+    ]
+    used = ", ".join(f"{package} {version}" for package, version in versions().items())
     workdir.write_text(
         "report.md",
         f"# {title}\n\n{introduction}\n\n{verdicts}\n\n![figure]({name}.png)\n\n{caption}\n\n"
-        f"{tables}\n\n## Settings\n\n{markdown_table(('flag', 'value'), flags)}\n\n"
-        "All numbers are in `results.json`.\n",
+        f"{shown}\n\n## Settings\n\n{markdown_table(('flag', 'value'), flags)}\n\n"
+        f"All numbers are in `results.json`. Versions: {used}.\n",
+    )
+    # Last: where it is, the others are too.
+    workdir.write_json(
+        "results.json",
+        {
+            "title": title,
+            "introduction": introduction,
+            "claims": [dataclasses.asdict(claim) for claim in claims],
+            "caption": caption,
+            "tables": [dataclasses.asdict(table) for table in tables],
+            "settings": settings,
+            "versions": versions(),
+            **numbers,
+        },
     )
     for c in claims:
         print(f"{'holds' if c.holds else 'FAILS'}  {c.claim}\n       {c.measured}")

@@ -234,8 +234,9 @@ def main(settings: Settings, workdir: Workdir) -> None:
         settings=dataclasses.asdict(settings),
         claims=_claims(found),
         numbers={"published": PUBLISHED, "measured": found},
-        tables="## Exceptions\n\n"
-        + report.markdown_table(("inputs", "λ_min of Σ*", "rounding", "positive"), rows),
+        tables=[
+            report.Table(("inputs", "λ_min of Σ*", "rounding", "positive"), rows, "Exceptions")
+        ],
         draw=lambda plt: _draw(found, plt),
     )
 

@@ -11,7 +11,7 @@ import pytest
 import nt_deq
 from experiments import covariance, gaussianity, limits, phase, random_networks, spectrum
 from experiments.errors import InputError
-from experiments.report import Claim
+from experiments.report import Claim, markdown_table
 from experiments.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,10 @@ def launch(launcher, settings, path):
     numbers = json.loads((path / "results.json").read_text())
     page = (path / "report.md").read_text()
     assert (path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert f"![figure]({name}.png)" in page
+    assert page.startswith(f"# {numbers['title']}\n\n{numbers['introduction']}\n\n")
+    assert f"![figure]({name}.png)\n\n{numbers['caption']}\n\n" in page
+    for table in numbers["tables"]:
+        assert markdown_table(table["header"], table["rows"]) in page
     for claim in numbers["claims"]:
         assert Claim(**claim).claim in page
         assert claim["measured"] in page
