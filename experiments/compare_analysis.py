@@ -181,7 +181,7 @@ def analyse(
             test_mse=errors[..., n:].mean(-1),
             test_accuracy=_accuracy(final.mean(0), data.y_test),
             test_accuracies=(final.argmax(-1) == data.y_test).mean(-1),
-            distances=np.sqrt(np.square(outputs[:, :, n:] - expected).mean((2, 3))),
+            distances=np.sqrt(np.square(outputs - expected)[:, :, n:].mean((2, 3))),
             mean_distance=rms(final.mean(0) - ntk.mean),
             equilibrium_steps=int(trained["equilibrium_steps"].max()),
             seconds=float(trained["seconds"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy as np
 from experiments import report
 from experiments.compare_analysis import Comparison, Ensemble, rms
 from experiments.data import Dataset
-from experiments.report import BLACK, RED, PowerLaw, console_table
+from experiments.figures import draw_fit, draw_networks, log_ticks, time_axis, width_colours
+from experiments.report import BLACK, console_table
 from experiments.workdir import Workdir
 
 HEADER = (
@@ -34,7 +34,7 @@ def write(
     seeds = e[0].distances.shape[1]
     n_train, n_features = data.x_train.shape
     slopes = [
-        [str(step), f"{time:.4g}", str(fit), _interval(fit)]
+        [str(step), f"{time:.4g}", str(fit), fit.interval]
         for step, time, fit in zip(
             comparison.steps[1:], comparison.times[1:], comparison.fits, strict=True
         )
@@ -92,7 +92,7 @@ def _claims(comparison: Comparison) -> list[report.Claim]:
         report.Claim(
             "A trained network's distance to the infinite-width prediction falls as 1/√width.",
             _measured(comparison),
-            _agrees(comparison.fits[-1]),
+            comparison.fits[-1].includes(-0.5),
         ),
         report.Claim(
             "The mean of trained networks is that of the infinite ensemble.",
@@ -140,27 +140,19 @@ def _rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def _agrees(fit: PowerLaw) -> bool:
-    return fit.low <= -0.5 <= fit.high
-
-
-def _interval(fit: PowerLaw) -> str:
-    return f"{fit.low:.3f} … {fit.high:.3f}".replace("-", "−")
-
-
 def _measured(comparison: Comparison) -> str:
     fit, widest, e = comparison.fits[-1], comparison.fit_widest, comparison.ensembles
     fell = e[0].distances[-1].mean() / e[-1].distances[-1].mean()
     text = (
         f"From width {e[0].width} to {e[-1].width} the distance falls {fell:.1f}-fold "
         f"(1/√width: {np.sqrt(e[-1].width / e[0].width):.1f}-fold). The fitted slope is {fit}, "
-        f"95 % interval {_interval(fit)}"
+        f"95 % interval {fit.interval}"
     )
-    if _agrees(fit):
+    if fit.includes(-0.5):
         return f"{text}: it agrees with theory's −1/2."
     text += (
         ": −1/2, which theory gives for widths tending to infinity, is outside. Between the two "
-        f"widest alone the slope is {widest} ({_interval(widest)}). "
+        f"widest alone the slope is {widest} ({widest.interval}). "
     )
     if fit.exponent > -0.5:
         return text + (
@@ -174,11 +166,6 @@ def _measured(comparison: Comparison) -> str:
     )
 
 
-def _colours(plt: Any, comparison: Comparison) -> list[Any]:
-    """One a width, from light to dark; viridis is in order for the colour-blind and in print."""
-    return list(plt.get_cmap("viridis")(np.linspace(0.85, 0.2, len(comparison.ensembles))))
-
-
 def _figure(plt: Any, data: Dataset, comparison: Comparison) -> Any:
     figure = plt.figure(figsize=(13, 8.4))
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1], hspace=0.04)
@@ -190,20 +177,15 @@ def _figure(plt: Any, data: Dataset, comparison: Comparison) -> Any:
     return figure
 
 
-def _ticks(low: float, high: float, digits: tuple[int, ...] = (1, 2, 5)) -> list[float]:
-    """Round numbers between two positive ones."""
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
-    return [tick for tick in ticks if low <= tick <= high]
-
-
 def _draw_losses(plt: Any, axes: Any, comparison: Comparison) -> None:
     t = comparison.times
     for ax, title, attribute in (
         (axes[0], "(a) error on training images", "train_mse"),
         (axes[1], "(a) error on held-out images", "test_mse"),
     ):
-        for e, colour in zip(comparison.ensembles, _colours(plt, comparison), strict=True):
+        for e, colour in zip(
+            comparison.ensembles, width_colours(plt, comparison.ensembles), strict=True
+        ):
             mse = getattr(e, attribute)
             mean, std = mse.mean(1), mse.std(1, ddof=1)
             # A band of logarithms: it stays above 0.
@@ -212,46 +194,29 @@ def _draw_losses(plt: Any, axes: Any, comparison: Comparison) -> None:
             ax.plot(t, mean, color=colour, lw=1, label=f"width {e.width}: mean ± std")
         limit = getattr(comparison, f"limit_{attribute}")
         ax.plot(t, limit, color=BLACK, lw=1.8, ls="--", label="infinite width (NTK)")
-        ax.set_xscale("symlog", linthresh=t[1], linscale=0.5)
         ax.set_yscale("log")
-        ax.set_xlim(0, t[-1])
-        ax.set_xticks([0, *_ticks(t[1], t[-1], (1,))])
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.minorticks_off()
+        time_axis(ax, t)
         ax.set_title(title)
-        ax.set_xlabel("training time  t = learning rate × steps")
-    axes[0].set_yticks(_ticks(*axes[0].get_ylim()))
-    axes[0].yaxis.set_major_formatter("{x:g}")
+    log_ticks(axes[0])
     axes[0].set_ylabel("mean squared error of one network")
     axes[0].legend(loc="lower left")
 
 
 def _draw_distances(plt: Any, ax: Any, comparison: Comparison) -> None:
-    widths = np.array([e.width for e in comparison.ensembles])
-    for e, colour in zip(comparison.ensembles, _colours(plt, comparison), strict=True):
-        spread = e.width * np.geomspace(0.93, 1.07, len(e.distances[-1]))  # beside each other
-        ax.plot(spread, e.distances[-1], "o", ms=5, color=colour, mec=BLACK, mew=0.4)
+    widths = [e.width for e in comparison.ensembles]
+    distances = [e.distances[-1] for e in comparison.ensembles]
+    draw_networks(ax, widths, distances, width_colours(plt, widths))
     fit = comparison.fits[-1]
-    ends = np.array([widths[0] / 1.4, widths[-1] * 1.4])
-    centre = np.exp(np.log(widths).mean())
-    ax.plot(ends, fit(ends), color=BLACK, label=f"fit: slope {fit}")
-    guide = fit(centre) * np.sqrt(centre / ends)
-    ax.plot(ends, guide, color=RED, ls=":", lw=2, label="theory: slope −1/2")
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xticks(widths, [str(width) for width in widths])
-    ax.minorticks_off()
-    ax.set_yticks(_ticks(*ax.get_ylim()))
-    ax.yaxis.set_major_formatter("{x:g}")
+    draw_fit(ax, widths, fit, f"fit: slope {fit}", "theory: slope −1/2")
+    log_ticks(ax)
     ax.set_title("(b) distance to the infinite-width prediction")
-    ax.set_xlabel("width of the finite network (a point: one network)")
     ax.set_ylabel(f"RMS over held-out outputs, t = {comparison.times[-1]:.4g}")
     ax.legend(loc="lower left")
 
 
 def _draw_predictions(plt: Any, figure: Any, data: Dataset, comparison: Comparison) -> None:
     limit, e = comparison.ntk, comparison.ensembles[-1]
-    colour = _colours(plt, comparison)[-1]
+    colour = width_colours(plt, comparison.ensembles)[-1]
     ranked = np.sort(limit.mean, axis=1)
     by_margin = np.argsort(ranked[:, -1] - ranked[:, -2])
     rows = by_margin[[round(q * (len(by_margin) - 1)) for q in (0.02, 0.1, 0.5, 0.98)]]

@@ -19,7 +19,7 @@ import optax
 from jax import Array, lax
 
 from experiments.errors import TrainingError
-from experiments.network import Architecture, split
+from experiments.network import Architecture, empirical_ntk, split
 from experiments.workdir import Arrays
 
 CHUNK = 4  # steps a call: so often the progress is told and Ctrl-C heard
@@ -75,6 +75,7 @@ def train(
     seeds: int,
     seed: int,
     progress: Callable[[int], Any],
+    ntk_inputs: int = 0,
 ) -> Arrays:
     """Trains networks of one width.
 
@@ -89,14 +90,16 @@ def train(
       seeds: how many networks.
       seed: of their initialisation.
       progress: told of every few steps how many they were.
+      ntk_inputs: of how many training inputs, the first, to record the empirical NTK; 0 is none.
 
     Returns:
       `outputs`, `(steps, seeds, n+m, C)` for the training and test inputs, in this order;
+      with `ntk_inputs`, `ntk (steps, seeds, ntk_inputs, ntk_inputs)`, averaged over outputs;
       `equilibrium_steps`, `(seeds,)`: layers that one solve from zeros takes, at the end;
       `seconds`.
 
     Raises:
-      TrainingError: a loss or an output is not a number any more.
+      TrainingError: a loss, an output or an NTK is not a number any more.
     """
     start = time.perf_counter()
     x_train, y_train, x_test = map(jnp.asarray, (x_train, y_train, x_test))
@@ -110,6 +113,11 @@ def train(
     @jax.jit
     def evaluate(params):
         return jax.vmap(lambda p: call(p, lambda network: network(x_all)[0]))(params)
+
+    @jax.jit
+    def ntk(params):  # one network at a time: a product over all of them is slow on a CPU
+        x = x_train[:ntk_inputs]
+        return lax.map(lambda p: call(p, lambda network: empirical_ntk(network, x)), params)
 
     @jax.jit
     def count(params):
@@ -126,7 +134,8 @@ def train(
             )
 
     z = jnp.zeros((seeds, len(x_train), width), x_train.dtype)
-    outputs, done = [], 0
+    measure = {"outputs": evaluate} | ({"ntk": ntk} if ntk_inputs else {})
+    records, done = {name: [] for name in measure}, 0
     for recorded in steps:
         while done < recorded:
             chunk = min(CHUNK, recorded - done)
@@ -136,11 +145,12 @@ def train(
             done += chunk
             check(np.asarray(loss), done)
             progress(chunk)
-        outputs.append(np.asarray(evaluate(params)))
-        check(outputs[-1], done)
+        for name, of in measure.items():
+            records[name].append(np.asarray(of(params)))
+            check(records[name][-1], done)
     equilibrium_steps = np.asarray(count(params))
     return {
-        "outputs": np.stack(outputs),
+        **{name: np.stack(recorded) for name, recorded in records.items()},
         "equilibrium_steps": equilibrium_steps,
         "seconds": np.asarray(time.perf_counter() - start),
     }

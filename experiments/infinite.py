@@ -119,13 +119,14 @@ def from_start(
       steps: at which steps to predict.
 
     Returns:
-      Outputs for the test inputs, float64, `(steps, seeds, m, C)`.
+      Outputs for the training and test inputs, float64, `(steps, seeds, n+m, C)`.
     """
     n = len(y_train)
     start = np.asarray(start, np.float64)
     values, vectors = np.linalg.eigh(infinite["ntk_train_train"].astype(np.float64))
     decay = 1 - float(infinite["learning_rate"]) / y_train.size * values
     residual = np.einsum("ki,skc->sic", vectors, y_train - start[:, :n])
-    to_test = infinite["ntk_test_train"].astype(np.float64) @ vectors
+    to_train = np.concatenate([infinite["ntk_train_train"], infinite["ntk_test_train"]])
+    modes = to_train.astype(np.float64) @ vectors
     powers = (1 - decay ** np.asarray(steps)[:, None]) / values
-    return start[:, n:] + np.einsum("mi,ti,sic->tsmc", to_test, powers, residual, optimize=True)
+    return start + np.einsum("mi,ti,sic->tsmc", modes, powers, residual, optimize=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -46,6 +47,7 @@ class Network(nnx.Module):
         rngs: nnx.Rngs,
         solver: FixedPointSolver | None = None,
     ):
+        self.architecture = architecture
         self.deq = nt_deq.flax.DEQ(
             in_features,
             width,
@@ -66,6 +68,33 @@ class Network(nnx.Module):
     def equilibrium_steps(self, x: Array) -> Array:
         """Returns how many layers the solve of `z*` for `x` applies, from zeros."""
         return self.deq.solve(x).steps
+
+
+def empirical_ntk(network: Network, x: Array) -> Array:
+    """The NTK of one finite network for inputs `x`, on average over its outputs, `(n, n)`.
+
+    The derivative by a weight is what it multiplies times `δ`, the derivative by what it adds to:
+    `Θ(x, x') = (W_std²/n h·h' + U_std²/d x·x' + b_std²) δ·δ' + h·h'/n`, and no Jacobian of the
+    weights is held. Entries of an input without an equilibrium are NaN.
+    """
+    deq, architecture = network.deq, network.architecture
+    z = deq.equilibrium(x)
+
+    def outputs(added):
+        at = nt_deq.equilibrium(lambda z, added: deq.step(z, x) + added, z, added)
+        return network.readout(deq.activation.fn(at))
+
+    f, pull_back = jax.vjp(outputs, jnp.zeros_like(z))
+    one_hot = jnp.eye(f.shape[1], dtype=f.dtype)
+    (delta,) = jax.vmap(lambda output: pull_back(jnp.broadcast_to(output, f.shape)))(one_hot)
+
+    def mean_products(a):
+        return jnp.matmul(a, a.mT, precision="highest") / a.shape[-1]
+
+    hidden = mean_products(deq.activation.fn(z))
+    injected = architecture.U_std**2 * mean_products(x) + architecture.b_std**2
+    by_z = jnp.mean(mean_products(delta), axis=0) * z.shape[1]
+    return (architecture.W_std**2 * hidden + injected) * by_z + hidden
 
 
 def split(

@@ -66,6 +66,15 @@ class PowerLaw:
         """The fitted `y` at `x`."""
         return self.scale * np.asarray(x, float) ** self.exponent
 
+    def includes(self, exponent: float) -> bool:
+        """Whether the interval has this exponent in it."""
+        return self.low <= exponent <= self.high
+
+    @property
+    def interval(self) -> str:
+        """As `−0.52 … −0.44`."""
+        return f"{self.low:.3f} … {self.high:.3f}".replace("-", "−")
+
     def __str__(self) -> str:
         """As `-0.48 ± 0.02`."""
         return f"{self.exponent:.3f} ± {self.standard_error:.3f}".replace("-", "−")
