@@ -212,14 +212,15 @@ def measure_networks(
 ) -> dict[int, dict[str, np.ndarray]]:
     """Trains finite networks; what `interpolation.train` returns, by width.
 
-    With them is `limit`, `(noises, seeds, m, C)`: what each network would predict if it were
-    infinitely wide and fitted exactly, `f₀(x) + Θ(x, X) Θ(X, X)⁻¹ (y - f₀(X))` of its own start.
+    With them is `limit`, `(noises, m, C)`: what they would learn if they were infinitely wide and
+    fitted exactly, `Θ(x, X) Θ(X, X)⁻¹ y`.
     """
     count, found = len(problem.x), {}
     architecture = Architecture(settings.W_std, 1.0, 0.0, "relu")
     to = deq("ntk", settings.W_std)
     ntk = to(problem.x, problem.x)
-    to_test = to(data.x_test, problem.x)
+    alpha = solve(ntk, problem.targets.swapaxes(0, 1), REGULARISATION[0])
+    limit = np.tensordot(to(data.x_test, problem.x), alpha, 1).swapaxes(0, 1)
     options = {
         # A quarter of the largest with which the infinitely wide network converges.
         "learning_rate": problem.targets[0].size / (2 * float(np.linalg.eigvalsh(ntk)[-1])),
@@ -245,10 +246,7 @@ def measure_networks(
             "x_test": data.x_test,
         }  # fmt: skip
         trained, _ = workdir.part(f"width-{width}-{count}", inputs, compute)
-        residual = problem.targets[:, None] - trained["start"][:, :, :count]
-        alpha = solve(ntk, np.moveaxis(residual, 2, 0), REGULARISATION[0])
-        correction = np.moveaxis(np.tensordot(to_test, alpha, 1), 0, 2)
-        found[width] = {**trained, "limit": trained["start"][:, :, count:] + correction}
+        found[width] = {**trained, "limit": limit}
     return found
 
 

@@ -64,15 +64,15 @@ def summarise(
             }
         )
     for width, found in networks.items():
-        end, limit = found["end"], found["limit"]
-        distance = np.sqrt(np.square(end[:, :, n:] - limit).mean((2, 3)))
+        learned, limit = found["learned"], found["limit"]
+        distance = np.sqrt(np.square(learned[:, :, n:] - limit[:, None]).mean((2, 3)))
         summary["networks"][width] = {
             "steps": int(found["steps"]),
             "learning_rate": float(found["learning_rate"]),
             "train_mse": found["train_mse"].tolist(),
             "fits": (found["train_mse"] <= enough).tolist(),
-            "train_error": (end[:, :, :n].argmax(-1) != labels[:, None]).mean(-1).tolist(),
-            "test_error": (end[:, :, n:].argmax(-1) != data.y_test).mean(-1).tolist(),
+            "train_error": (learned[:, :, :n].argmax(-1) != labels[:, None]).mean(-1).tolist(),
+            "test_error": (learned[:, :, n:].argmax(-1) != data.y_test).mean(-1).tolist(),
             "limit_test_error": (limit.argmax(-1) != data.y_test).mean(-1).tolist(),
             "distance": distance.tolist(),
         }
@@ -100,11 +100,11 @@ def write(
         "squared error of one and the same fifth of the training images, whose labels are as "
         "noisy; then all training images are used.\n\n"
         "Finite networks are trained by full-batch gradient descent with momentum until their mean "
-        "squared error is 1 % of that of the answer 0. They are compared with the interpolation by "
-        "the NTK that starts from the same network's outputs before training.",
+        "squared error is 1 % of that of the answer 0. Their random outputs before training are "
+        "subtracted, so that they are to be compared with the NTK at t = ∞ (of the same W_std).",
         caption="Left: test error against the number of training images. Middle: all kernels at "
-        "the largest number. Right: finite networks trained until they interpolate, and what they "
-        "would predict if they were infinitely wide (dashed).",
+        "the largest number. Right: finite networks trained until they interpolate, and the NTK "
+        "at t = ∞ (dashed), which is what they would learn if they were infinitely wide.",
         settings=settings,
         claims=_claims(settings, noises, found),
         numbers={"noises": list(noises), "measured": found},
@@ -162,7 +162,7 @@ def _network_rows(noises: Sequence[float], found: Mapping[int, Summary]) -> list
             "yes" if all(network["fits"][i]) else "no",
             f"{np.mean(network['train_error'][i]):.2%}",
             f"{np.mean(network['test_error'][i]):.2%}",
-            f"{np.mean(network['limit_test_error'][i]):.2%}",
+            f"{network['limit_test_error'][i]:.2%}",
             f"{np.mean(network['distance'][i]):.4f}",
             str(network["steps"]),
         ]
@@ -294,7 +294,8 @@ def _draw_counts(ax: Any, i: int, noise: float, found: Mapping[int, Summary]) ->
             found[n]["kernels"][name][mode]["train_error"][i] for n in counts
         ):
             label = "DEQ NTK, t = ∞"
-        ax.plot(counts, errors, style, color=colour, ms=5, label=label)
+        wide = {"lw": 5, "alpha": 0.5} if mode == "interpolating" else {}  # seen below an equal one
+        ax.plot(counts, errors, style, color=colour, ms=5, label=label, **wide)
     if noise:
         ax.axhline(100 * noise, color=report.BLACK, ls=":", label="wrong training labels")
     ax.set(xscale="log", yscale="log", xlabel="training images", ylabel="test error, %")
@@ -312,12 +313,14 @@ def _draw_kernels(ax: Any, i: int, summary: Summary) -> None:
         [100 * summary["kernels"][name][mode]["test_error"][i] for name in names] for mode in MODES
     )
     ax.hlines(range(len(names)), tuned, free, color="#bbbbbb", lw=1.5)
-    ax.plot(free, range(len(names)), "o", mfc="white", mec=report.RED, label="interpolating")
+    ring = {"mfc": "white", "mec": report.RED, "ms": 9}  # seen around a tuned one that is equal
+    ax.plot(free, range(len(names)), "o", label="interpolating", **ring)
     ax.plot(tuned, range(len(names)), "o", color=report.BLUE, label="tuned")
     ax.set_yticks(range(len(names)), names)
     ax.set_xlim(left=0)
+    ax.set_ylim(-1.6, len(names) - 0.5)
     ax.set_xlabel("test error, %")
-    ax.legend(loc="lower left")
+    ax.legend(loc="lower left", ncols=2)
 
 
 def _draw_networks(plt: Any, ax: Any, i: int, found: Mapping[int, Summary]) -> None:
@@ -328,7 +331,7 @@ def _draw_networks(plt: Any, ax: Any, i: int, found: Mapping[int, Summary]) -> N
     for count, colour in zip(counts, colours, strict=True):
         networks = found[count]["networks"]
         means = [100 * np.mean(network["test_error"][i]) for network in networks.values()]
-        limits = [100 * np.mean(network["limit_test_error"][i]) for network in networks.values()]
+        limits = [100 * network["limit_test_error"][i] for network in networks.values()]
         ax.plot(widths, means, "-", color=colour, label=f"{count} training images")
         ax.plot(widths, limits, "--", color=colour)
         for width, network in networks.items():

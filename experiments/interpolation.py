@@ -1,7 +1,8 @@
 """Finite deep equilibrium networks trained until they fit their training data.
 
-Full-batch gradient descent with Nesterov's momentum on `½ mean (f - y)²`, which for wide networks
-ends where gradient descent does: the kernel interpolation that is nearest to the network's start.
+Full-batch gradient descent with Nesterov's momentum on `½ mean (f - f₀ - y)²`. A network's random
+outputs `f₀` before training are subtracted (Chizat, Oyallon, Bach 2019, arXiv:1812.07956): so what
+is learned tends with the width to interpolation by the NTK, without the spread of initialisations.
 All networks of a width are one program, and a step starts the search for `z*` where the step before
 found it.
 """
@@ -59,9 +60,9 @@ def train(
       progress: told of every few steps how many they were.
 
     Returns:
-      `start`, `end`: outputs before and after training, `(problems, seeds, n+m, C)`, for the
-      training and test inputs, in this order; `train_mse (problems, seeds)` after training;
-      `steps` taken, and the `learning_rate` of these.
+      `learned`: outputs after training less those before, `(problems, seeds, n+m, C)`, for the
+      training and test inputs, in this order; `train_mse (problems, seeds)`; `steps` taken, and
+      the `learning_rate` of these.
 
     Raises:
       TrainingError: one has no equilibrium before training, or they diverge with the smallest
@@ -73,7 +74,6 @@ def train(
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), width), seeds)
     call, drawn = split(architecture, x_train.shape[1], width, outputs, keys)
     params = jax.tree.map(lambda leaf: jnp.tile(leaf, (problems,) + (1,) * (leaf.ndim - 1)), drawn)
-    y = jnp.repeat(y_train, seeds, axis=0)
 
     def optimizer(learning_rate):
         return optax.sgd(learning_rate, MOMENTUM, nesterov=True)
@@ -118,15 +118,18 @@ def train(
             f"a network of width {width} has no equilibrium before training: take larger --widths "
             "or a smaller --W_std."
         )
+    y = jnp.reshape(start[:, :, :n] + y_train[:, None], (problems * seeds, n, outputs))
     for halvings in range(HALVINGS + 1):
         end, done = descend(params, learning_rate / 2**halvings)
         if np.isfinite(end).all():
-            mse = np.square(end[:, :, :n] - np.asarray(y_train)[:, None]).mean((2, 3))
-            rate = np.asarray(learning_rate / 2**halvings)
-            steps = np.asarray(done)
+            learned = end - start
+            errors = learned[:, :, :n] - np.asarray(y_train)[:, None]
             return {
-                "start": start, "end": end, "train_mse": mse, "steps": steps, "learning_rate": rate
-            }  # fmt: skip
+                "learned": learned,
+                "train_mse": np.square(errors).mean((2, 3)),
+                "steps": np.asarray(done),
+                "learning_rate": np.asarray(learning_rate / 2**halvings),
+            }
     raise TrainingError(
         f"networks of width {width} diverged or lost their equilibrium with step sizes down to "
         f"{learning_rate / 2**HALVINGS:.3g}: take larger --widths or a smaller --W_std."

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import neural_tangents as nt
 import numpy as np
 import pytest
@@ -168,6 +169,16 @@ def test_the_numbers_that_it_writes(run):
     for i in (0, 1):
         narrow, wide = (np.mean(networks[w]["distance"][i]) for w in ("16", "64"))
         assert wide < narrow
+        # What they tend to is the kernel's interpolation, with the networks' W_std.
+        data, found = problem(20)
+        with jax.enable_x64(True):
+            forever = nt.predict.gradient_descent_mse_ensemble(
+                Architecture(0.6, 1.0, 0.0, "relu").kernel_fn(1), found.x, found.targets[i]
+            )(t=None, x_test=data.x_test, get="ntk")
+        for w in ("16", "64"):
+            (file,) = (run / "parts").glob(f"width-{w}-20.*")
+            distance = np.square(np.load(file)["learned"][i, :, 20:] - forever).mean((1, 2)) ** 0.5
+            np.testing.assert_allclose(networks[w]["distance"][i], distance, rtol=1e-4)
         assert networks["64"]["fits"][i] == [True, True]
         assert networks["64"]["train_error"][i] == [0, 0]
         assert max(networks["64"]["train_mse"][i]) <= 0.01 * 0.09
@@ -194,12 +205,11 @@ def test_a_network_that_does_not_fit_is_said_not_to(tmp_path):
     )  # fmt: skip
     assert trained["steps"] == 10
     assert trained["learning_rate"] == 1e-3
-    assert trained["end"].shape == (2, 2, 100, 10)
-    np.testing.assert_array_equal(trained["start"][0], trained["start"][1])
-    mse = np.square(trained["end"][:, :, :20] - found.targets[:, None]).mean((2, 3))
+    assert trained["learned"].shape == (2, 2, 100, 10)
+    mse = np.square(trained["learned"][:, :, :20] - found.targets[:, None]).mean((2, 3))
     np.testing.assert_allclose(trained["train_mse"], mse, rtol=1e-5)
     assert (mse > 0.0009).all()
-    limit = {"limit": trained["start"][:, :, 20:]}
+    limit = {"limit": np.zeros((2, 80, 10))}
     kernel = regress(
         *generalization.FAMILIES["RBF"], found.x, found.targets.swapaxes(0, 1), data.x_test,
         lambda: None,
