@@ -22,7 +22,17 @@ from jax import Array
 
 from nt_deq import _checks
 from nt_deq.kernel import NoEquilibriumError, NotConvergedError
-from nt_deq.solvers import Anderson, Newton, Solver, rounding, solve, spread
+from nt_deq.solvers import (
+    Anderson,
+    Newton,
+    Solver,
+    by_tiles,
+    implicit,
+    iterate,
+    rounding,
+    solve,
+    spread,
+)
 
 KernelMap = Callable[[nt.Kernel], nt.Kernel]
 _POWER_STEPS = 30
@@ -152,71 +162,107 @@ def _keep(converged: Array, value: Array) -> Array:
 
 
 def _solve_pairs(cell, k, inject, solver) -> tuple[Array, Array]:
-    event_dims = k.nngp.ndim - 2
-    scale = _scale(k)
     k = k.replace(ntk=None)
+    if k.nngp.ndim > 2:
+        nngp, steps = _solve_blocks(
+            lambda nngp, k: cell(k.replace(nngp=nngp)).nngp, k, inject.nngp, solver
+        )
+    else:
+        nngp, steps = _solve_entries(cell, k, inject, solver)
+    if k.cov2 is None:  # exact where an input meets itself
+        diagonal = jnp.diag_indices(nngp.shape[0])
+        nngp = nngp.at[diagonal].set(k.cov1)
+    return nngp, steps
 
-    def pairs(nngp, k, s, scale):
-        if event_dims:
-            return cell(k.replace(nngp=nngp)).nngp + s, jnp.zeros((), s.dtype)
+
+def _solve_entries(cell, k, inject, solver) -> tuple[Array, Array]:
+    scale = _scale(k)
+
+    def entries(nngp, k, s, scale):
         zero = cell(k.replace(nngp=nngp, ntk=jnp.zeros_like(nngp)))
         one = cell(k.replace(nngp=nngp, ntk=scale))
         return zero.nngp + s, (one.ntk - zero.ntk) / jnp.where(scale == 0, 1, scale)
 
-    pairs, closed_over = jax.closure_convert(pairs, k.nngp, k, inject.nngp, scale)
-    if event_dims:
-        start, bound = inject.nngp, jnp.full_like(k.nngp, jnp.inf)
-    else:
-        norms = _scale(inject)
-        correlation = jnp.where(norms == 0, 0, inject.nngp / jnp.where(norms == 0, 1, norms))
-        start, bound = scale * jnp.clip(correlation, -1, 1), scale
+    entries, closed_over = jax.closure_convert(entries, k.nngp, k, inject.nngp, scale)
+    norms = _scale(inject)
+    correlation = jnp.where(norms == 0, 0, inject.nngp / jnp.where(norms == 0, 1, norms))
     root = solve(
         solver,
-        partial(_pair_map, pairs),
+        partial(_entry_map, entries),
         (k, inject.nngp, scale, *closed_over),
-        start,
-        -bound,
-        bound,
-        event_dims,
+        scale * jnp.clip(correlation, -1, 1),
+        -scale,
+        scale,
     )
-    nngp = _keep(root.converged, root.value)
-    if k.cov2 is None:  # exact where an input meets itself
-        diagonal = jnp.diag_indices(nngp.shape[0])
-        nngp = nngp.at[diagonal].set(k.cov1)
-    return nngp, root.steps
+    return _keep(root.converged, root.value), root.steps
 
 
-def _pair_map(pairs, nngp, k, s, scale, *closed_over):
-    return *pairs(nngp, k, s, scale, *closed_over), scale
+def _entry_map(entries, nngp, k, s, scale, *closed_over):
+    return *entries(nngp, k, s, scale, *closed_over), scale
 
 
 def _solve_ntk(cell, k, injected, solver) -> Array:
     """`Θ* = A + L Θ*`: divided where the entries are independent, iterated where they are not."""
-    event_dims = k.nngp.ndim - 2
+    k = k.replace(ntk=None)
 
     def channel(ntk, k):
         return cell(k.replace(ntk=ntk)).ntk
 
-    if not event_dims:
-        added, linear = jax.linearize(lambda t: channel(t, k), jnp.zeros_like(k.nngp))
-        return (added + injected) / (1 - linear(jnp.ones_like(added)))
+    if injected.ndim > 2:
+        return _solve_blocks(channel, k, injected, solver)[0]
+    added, linear = jax.linearize(lambda t: channel(t, k), jnp.zeros_like(k.nngp))
+    return (added + injected) / (1 - linear(jnp.ones_like(added)))
 
+
+def _solve_blocks(channel, k, injected, solver) -> tuple[Array, Array]:
+    """`y = channel(y, k) + injected` for the spatial blocks of all pairs, and the steps taken.
+
+    Pairs are independent, so that tiles of them are solved one after the other: what a solver keeps
+    of its past is then of the size of a tile, not of the kernel.
+    """
+    event_dims = injected.ndim - 2
+
+    def tile(rows, columns, pairs):
+        (number1, cov1, mask1), (number2, cov2, mask2) = rows, columns
+        nngp, injected = pairs
+        part = k.replace(
+            nngp=nngp, cov1=cov1, mask1=mask1, shape1=(len(cov1), *k.shape1[1:]),
+            x1_is_x2=k.x1_is_x2 & (number1[0] == number2[0]),
+            cov2=cov2, mask2=mask2, shape2=(len(cov2), *k.shape2[1:]),
+        )  # fmt: skip
+        fn, args = _block_map(channel, part, injected)
+        infinity = jnp.array(jnp.inf, injected.dtype)
+        args = jax.lax.stop_gradient(args)
+        root = iterate(solver, fn, args, injected, -infinity, infinity, event_dims)
+        return root.value, root.converged, root.steps
+
+    def side(cov, mask):
+        return jnp.arange(len(cov)), cov, mask
+
+    def mirror(a):  # the kernel of (x', x), and the other order of every pair of spatial axes
+        axes = np.arange(a.ndim)
+        swapped = 2 if k.diagonal_spatial else a.ndim
+        axes[:swapped] = axes[:swapped].reshape(-1, 2)[:, ::-1].ravel()
+        return jnp.transpose(a, axes)
+
+    rows = side(k.cov1, k.mask1)
+    columns = rows if k.cov2 is None else side(k.cov2, k.mask2)
+    value, converged, steps = by_tiles(
+        tile, *jax.lax.stop_gradient((rows, columns, (k.nngp, injected))),
+        mirror if k.cov2 is None else None,
+    )  # fmt: skip
+    fn, args = _block_map(channel, k, injected)
+    return _keep(converged, implicit(fn, event_dims, value, args)), steps
+
+
+def _block_map(channel, k, injected):
+    """The function of `solve`, and its arguments, for `y = channel(y, k) + injected`."""
     channel, closed_over = jax.closure_convert(channel, injected, k)
-    bound = jnp.full_like(injected, jnp.inf)
-    root = solve(
-        solver,
-        partial(_channel_map, channel),
-        (k, injected, *closed_over),
-        injected,
-        -bound,
-        bound,
-        event_dims,
-    )
-    return _keep(root.converged, root.value)
+    return partial(_evaluate_blocks, channel), (k, injected, *closed_over)
 
 
-def _channel_map(channel, ntk, k, injected, *closed_over):
-    value = channel(ntk, k, *closed_over) + injected
+def _evaluate_blocks(channel, y, k, injected, *closed_over):
+    value = channel(y, k, *closed_over) + injected
     size = jnp.max(jnp.abs(value), axis=tuple(range(2, value.ndim)))
     return value, jnp.zeros((), value.dtype), jnp.maximum(size, _scale(k))
 

@@ -158,7 +158,8 @@ def _solve_pairs(activation, solver, W_var, injection, first, second):
 
     rows = side(s1, first, x1)
     columns = rows if s2 is None else side(s2, second, x2)
-    return by_tiles(tile, rows, columns, s12 if factors is None else None, symmetric=s2 is None)
+    mirror = jnp.transpose if s2 is None else None
+    return by_tiles(tile, rows, columns, s12 if factors is None else None, mirror)
 
 
 def multiply(x1: Array, x2: Array) -> Array:

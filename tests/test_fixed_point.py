@@ -9,6 +9,7 @@ from jax import lax, random
 
 from nt_deq import Anderson, Newton, NoEquilibriumError, NotConvergedError, Picard, stax
 from nt_deq.fixed_point import solve_fixed_point, unreversed
+from nt_deq.solvers import tiles
 
 WIDTH = 32
 
@@ -113,6 +114,37 @@ def test_solvers_agree_and_anderson_is_faster(x64, name):
     picard = stax.FixedPoint(cell, inject, Picard())[2](x)
     np.testing.assert_allclose(anderson.nngp, picard.nngp, atol=1e-12)
     np.testing.assert_allclose(anderson.ntk, picard.ntk, atol=1e-11 * picard.ntk.max())
+
+
+@pytest.mark.parametrize("name", ["dropout", pytest.param("pool", marks=pytest.mark.slow)])
+def test_tiles_of_pairs_do_not_show(x64, monkeypatch, name):
+    """Small tiles, of which the last overlap the ones before; where an input meets itself too."""
+    conv = stax.Conv(WIDTH, (3,), padding="SAME", W_std=0.7)
+    middle = {"dropout": stax.Dropout(0.9), "pool": stax.AvgPool((3,), (1,), "SAME")}[name]
+    kernel_fn = stax.FixedPoint(stax.serial(stax.Erf(), middle, conv), conv)[2]
+    x1 = random.normal(random.key(0), (5, 3, 2))
+    x2 = x1 if name == "dropout" else random.normal(random.key(1), (3, 3, 2))
+
+    def fn(s):
+        kernels = [unreversed(kernel_fn(s * x1, x)) for x in (None, s * x2)]
+        return [(k.nngp, k.ntk) for k in kernels]
+
+    def evaluate():
+        return jax.tree.leaves(jax.jit(lambda s: jax.jvp(fn, (s,), (1.0,)))(1.0))
+
+    whole = evaluate()
+    monkeypatch.setattr(tiles, "_SIDE_ON_CPU", 6)  # 2 × 2 pairs of 9 entries
+    for a, b in zip(evaluate(), whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12 * np.abs(b).max(), rtol=0)
+
+
+def test_anderson_remembers_a_tile_and_not_the_kernel():
+    x = jnp.ones((64, 16, 2))
+    cell, inject, _ = CASES["conv_1d"]
+    fn = stax.FixedPoint(cell, inject, Anderson(window=5))[2]
+    memory = jax.jit(lambda x: fn(x, None, ("nngp", "ntk"))).lower(x).compile().memory_analysis()
+    # S, K* and Θ*, and the terms of the last two
+    assert memory.temp_size_in_bytes < 5 * 64**2 * 16**2 * 4
 
 
 def test_deq_is_a_special_case(x64):

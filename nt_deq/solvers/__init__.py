@@ -2,7 +2,7 @@
 
 from nt_deq.solvers.anderson import Anderson
 from nt_deq.solvers.chebyshev import Chebyshev
-from nt_deq.solvers.loop import Root, Solver, iterate, rounding, solve, spread
+from nt_deq.solvers.loop import Root, Solver, implicit, iterate, rounding, solve, spread
 from nt_deq.solvers.newton import Newton
 from nt_deq.solvers.picard import Picard
 from nt_deq.solvers.tiles import by_tiles
@@ -15,6 +15,7 @@ __all__ = [
     "Root",
     "Solver",
     "by_tiles",
+    "implicit",
     "iterate",
     "rounding",
     "solve",

@@ -27,16 +27,17 @@ class Anderson(Solver):
     iterate is the combination `Σ αᵢ F(yᵢ)`, `Σ αᵢ = 1`, of the last `window` iterates whose
     residual `Σ αᵢ (F(yᵢ) - yᵢ)` is smallest; every block has weights of its own. Where the residual
     of a block has grown, its history is forgotten and the step is a plain one, so it is never worse
-    than `Picard` for long. It keeps `2 · window` copies of the kernel. Not where entries are
-    independent: there `Newton` takes fewer steps.
+    than `Picard` for long. It keeps `2 · window` copies of the tile of pairs at hand. Not where
+    entries are independent: there `Newton` takes fewer steps.
 
     Attributes:
       window: how many iterates are combined.
-      regularization: what is added to the diagonal of the least-squares problem, relative to it.
+      regularization: what is added to the diagonal of the least-squares problem, relative to it;
+        the rounding of the dtype at least.
     """
 
     max_steps: int = 1_000
-    window: int = 3
+    window: int = 4
     regularization: float = 1e-6
 
     def __post_init__(self):
@@ -44,7 +45,7 @@ class Anderson(Solver):
         if not (isinstance(self.window, int) and 1 <= self.window <= 10):
             raise ValueError(
                 f"Anderson(window={self.window!r}): window has to be an integer from 1 to 10; each "
-                "costs two copies of the kernel."
+                "costs two copies of a tile of the kernel."
             )
         if not 0 < self.regularization < 1:
             raise ValueError(
@@ -75,7 +76,8 @@ class Anderson(Solver):
         # Differences to the newest: min over γ of |r₀ + Σ γᵢ (rᵢ - r₀)|², no constraint left.
         steps = [r - residual for r in residuals[1:]]
         gram = [[dot(a, b) for b in steps] for a in steps]
-        ridge = self.regularization * sum((gram[i][i] for i in range(len(steps))), 0 * norm)
+        regularization = max(self.regularization, float(jnp.finfo(y.dtype).eps))
+        ridge = regularization * sum((gram[i][i] for i in range(len(steps))), 0 * norm)
         tiny = jnp.finfo(y.dtype).tiny
         for i in range(len(steps)):
             gram[i][i] = gram[i][i] + ridge + tiny

@@ -104,7 +104,7 @@ def solve(
       event_dims: how many of the last axes of `y` make a block.
     """
     root = iterate(solver, fn, *lax.stop_gradient((args, y0, lower, upper)), event_dims)
-    return root._replace(value=_implicit(fn, event_dims, root.value, args))
+    return root._replace(value=implicit(fn, event_dims, root.value, args))
 
 
 def iterate(
@@ -149,17 +149,17 @@ def iterate(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _implicit(fn, event_dims, root, args):
-    """`root`, with the derivative in `args` that `root = F(root, *args)` gives it."""
+def implicit(fn, event_dims, root, args):
+    """`root`, with the derivative in `args` that `root = F(root, *args)` gives it: see `solve`."""
     del fn, event_dims, args
     return root
 
 
-@_implicit.defjvp
+@implicit.defjvp
 def _implicit_jvp(fn, event_dims, primals, tangents):
     root, args = primals
     # The root of the rule has the rule's own derivative, so that higher derivatives are right too.
-    root = _implicit(fn, event_dims, root, args)
+    root = implicit(fn, event_dims, root, args)
     if event_dims == 0:
         (_, slope, _), (d_value, _, _) = jax.jvp(lambda *a: fn(root, *a), args, tangents[1])
         return root, d_value / (1 - slope)

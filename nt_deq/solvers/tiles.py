@@ -2,10 +2,13 @@
 
 A solver reads and writes a dozen arrays of the size of the kernel. Tile by tile they stay in the
 processor's cache, memory holds one tile of them, and a symmetric kernel costs half of the work.
+A pair is one entry, or with spatial axes a block of them.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,56 +16,59 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
-# A core's cache holds what a step needs of a tile; an accelerator wants as many entries as it has.
+# A core's cache holds what a step needs of so many entries squared; an accelerator wants more.
 _SIDE_ON_CPU, _SIDE = 256, 4096
 
 
 def by_tiles(
-    fn: Callable[[Any, Any, Any], Any], rows: Any, columns: Any, pairs: Any, symmetric: bool
+    fn: Callable[[Any, Any, Any], Any],
+    rows: Any,
+    columns: Any,
+    pairs: Any,
+    mirror: Callable[[Array], Array] | None,
 ) -> Any:
-    """`fn(rows, columns, pairs)` for an `fn` whose entries are independent of each other.
+    """`fn(rows, columns, pairs)` for an `fn` whose pairs are independent of each other.
 
     Args:
-      fn: gives a pytree of arrays `(n1, n2)`, and of scalars of which the largest counts.
+      fn: gives a pytree of arrays `(n1, n2, ...)`, and of scalars of which the largest counts. Of
+        as many rows as columns it gets square tiles, those on the diagonal last.
       rows: a pytree of arrays `(n1, ...)`.
       columns: a pytree of arrays `(n2, ...)`.
-      pairs: a pytree of arrays `(n1, n2)`.
-      symmetric: whether the result for `(j, i)` is that for `(i, j)`.
+      pairs: a pytree of arrays `(n1, n2, ...)`.
+      mirror: turns the result for `(i, j)` into that for `(j, i)`; `None` if nothing does.
 
     Returns:
       What `fn(rows, columns, pairs)` would.
     """
     args = (rows, columns, pairs)
     shape = len(jax.tree.leaves(rows)[0]), len(jax.tree.leaves(columns)[0])
-    if max(shape) <= _SIDE_ON_CPU:
+    entries = max((math.prod(a.shape[2:]) for a in jax.tree.leaves(pairs)), default=1)
+    on_cpu, elsewhere = (max(1, math.isqrt(side**2 // entries)) for side in (_SIDE_ON_CPU, _SIDE))
+    if max(shape) <= on_cpu:
         return fn(*args)
-    whole, tiles = (partial(_loop, fn, shape, symmetric, side) for side in (_SIDE, _SIDE_ON_CPU))
+    whole, tiles = (partial(_loop, fn, shape, mirror, side) for side in (elsewhere, on_cpu))
     return lax.platform_dependent(*args, cpu=tiles, default=whole)
 
 
-def _loop(fn, shape, symmetric, side, *args):
+def _loop(fn, shape, mirror, side, *args):
     size = tuple(min(n, side) for n in shape)
-    if not symmetric:  # flat kernels in flat tiles of the same size
+    if mirror is None:  # flat kernels in flat tiles of the same size
         height = min(shape[0], side**2 // size[1])
         size = height, min(shape[1], side**2 // height)
-    starts = np.array(
-        [
-            (row, column)
-            for row in _starts(shape[0], size[0])
-            for column in _starts(shape[1], size[1])
-            if row <= column or not symmetric
-        ],
-        np.int32,
-    )
+    found = itertools.product(*map(_starts, shape, size))
+    starts = [(row, column) for row, column in found if row <= column or mirror is None]
+    starts = np.array(sorted(starts, key=lambda start: start[0] == start[1]), np.int32)
 
     def tile(start):
         rows, columns, pairs = args
         return fn(
             jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start[0], size[0]), rows),
             jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start[1], size[1]), columns),
-            jax.tree.map(lambda a: lax.dynamic_slice(a, start, size), pairs),
+            jax.tree.map(
+                lambda a: lax.dynamic_slice(a, _corner(start, a), (*size, *a.shape[2:])), pairs
+            ),
         )
 
     def step(i, whole):
@@ -71,16 +77,23 @@ def _loop(fn, shape, symmetric, side, *args):
         def join(whole, part):
             if part.ndim == 0:
                 return jnp.maximum(whole, part)
-            whole = lax.dynamic_update_slice(whole, part, start)
-            return lax.dynamic_update_slice(whole, part.T, start[::-1]) if symmetric else whole
+            whole = lax.dynamic_update_slice(whole, part, _corner(start, part))
+            if mirror is None:
+                return whole
+            return lax.dynamic_update_slice(whole, mirror(part), _corner(start[::-1], part))
 
         return jax.tree.map(join, whole, tile(start))
 
     whole = jax.tree.map(
-        lambda part: jnp.zeros(shape if part.ndim else (), part.dtype),
+        lambda part: jnp.zeros((*shape, *part.shape[2:]) if part.ndim else (), part.dtype),
         jax.eval_shape(tile, starts[0]),
     )
     return lax.fori_loop(0, len(starts), step, whole)
+
+
+def _corner(start: Array, a: Array) -> tuple[Array, ...]:
+    """Where the tile begins in an array like `a`, whose other axes are whole."""
+    return (*start, *[jnp.zeros_like(start[0])] * (a.ndim - 2))
 
 
 def _starts(size: int, tile: int) -> list[int]:
