@@ -24,6 +24,7 @@ th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #ddd; text-align: righ
          vertical-align: top; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; }
 th:first-child, td:first-child, .summary th, .summary td { text-align: left; }
+td:first-child { white-space: nowrap; }
 .wide { overflow-x: auto; }
 .claim { border-left: 4px solid; padding: 0.1rem 0 0.1rem 1rem; margin: 1.2rem 0; }
 .claim p { margin: 0.3rem 0; }

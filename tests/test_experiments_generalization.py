@@ -177,7 +177,10 @@ def test_the_numbers_that_it_writes(run):
             )(t=None, x_test=data.x_test, get="ntk")
         for w in ("16", "64"):
             (file,) = (run / "parts").glob(f"width-{w}-20.*")
-            distance = np.square(np.load(file)["learned"][i, :, 20:] - forever).mean((1, 2)) ** 0.5
+            distance = (
+                np.square(np.load(file)["learned"][i, :, 20:] - np.asarray(forever)).mean((1, 2))
+                ** 0.5
+            )
             np.testing.assert_allclose(networks[w]["distance"][i], distance, rtol=1e-4)
         assert networks["64"]["fits"][i] == [True, True]
         assert networks["64"]["train_error"][i] == [0, 0]
