@@ -4,7 +4,7 @@ from nt_deq import _compat
 
 _compat.install()  # makes neural-tangents importable, so it comes before everything that needs it
 
-from nt_deq import flax, iterations, stax, theory  # noqa: E402
+from nt_deq import flax, iterations, large, stax, theory  # noqa: E402
 from nt_deq.activations import Activation, activations  # noqa: E402
 from nt_deq.adjoints import Implicit, Phantom, Unrolled  # noqa: E402
 from nt_deq.equilibrium import (  # noqa: E402
@@ -20,6 +20,7 @@ from nt_deq.kernel import (  # noqa: E402
     NotConvergedError,
     deq_kernel,
 )
+from nt_deq.large import KernelRegression  # noqa: E402
 from nt_deq.solvers import Anderson, Chebyshev, Newton, Picard  # noqa: E402
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Anderson",
     "Chebyshev",
     "Implicit",
+    "KernelRegression",
     "KernelSolution",
     "Newton",
     "NoEquilibriumError",
@@ -43,6 +45,7 @@ __all__ = [
     "flax",
     "iterations",
     "jacobian_regularization",
+    "large",
     "spectral_radius",
     "stax",
     "theory",

@@ -365,3 +365,21 @@ _PATCHES: dict[str, Callable[[], bool]] = {
     "scipy.linalg.eigvalsh": _eigvalsh,
     "jax.default_matmul_precision": _input_precision,
 }
+
+
+def enable_x64(enabled: bool) -> AbstractContextManager[None]:
+    """JAX's context of float64 arrays, which had another home before JAX 0.8."""
+    context = getattr(jax, "enable_x64", None)
+    if context is None:
+        context = importlib.import_module("jax.experimental").enable_x64
+    return context(enabled)
+
+
+def shard_map(fn: Callable, mesh: Any, in_specs: Any, out_specs: Any) -> Callable:
+    """JAX's `shard_map` without its check of replication, which loops of kernels do not pass."""
+    if hasattr(jax, "shard_map"):
+        return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    experimental = importlib.import_module("jax.experimental.shard_map")
+    return experimental.shard_map(
+        fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_rep=False
+    )
