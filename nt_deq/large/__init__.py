@@ -1,7 +1,7 @@
 """Kernel regression where the kernel does not fit into memory, or onto one machine.
 
-`KernelRegression` is exact and quadratic in the number of inputs; `FeatureRegression` on features of
-the kernel is linear in it.
+`KernelRegression` is exact and quadratic in the number of inputs; `FeatureRegression` on features
+of the kernel is linear in it.
 """
 
 from nt_deq.large.cg import NotPositiveDefiniteError, Solution
