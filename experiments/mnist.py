@@ -100,17 +100,14 @@ def _draw(data: Dataset, scores: np.ndarray, residuals: list[float], plt: Any) -
     wrong = np.flatnonzero(scores.argmax(1) != data.y_test)
     margin = scores[wrong].max(1) - scores[wrong, data.y_test[wrong]]
     wrong = wrong[np.argsort(-margin)][:12]
-    figure, axes = plt.subplot_mosaic(
-        [["r", "r", *"abcd"], ["r", "r", *"efgh"], ["r", "r", *"ijkl"]], figsize=(11, 5)
-    )
+    solve = ["rr"] * 3 if residuals else [""] * 3
+    rows = zip(solve, ("abcd", "efgh", "ijkl"), strict=True)
+    figure, axes = plt.subplot_mosaic([list(r + images) for r, images in rows], figsize=(11, 5.5))
     if residuals:
         axes["r"].semilogy(np.arange(1, len(residuals) + 1), residuals, color=report.BLUE)
         axes["r"].set(
             title="Conjugate gradients", xlabel="step", ylabel="relative residual, worst output"
         )
-    else:
-        axes["r"].set_axis_off()
-        axes["r"].text(0.5, 0.5, "solved by Cholesky's factorisation", ha="center")
     for place, name in enumerate("abcdefghijkl"):
         axes[name].set_axis_off()
         if place < len(wrong):
@@ -122,9 +119,10 @@ def _draw(data: Dataset, scores: np.ndarray, residuals: list[float], plt: Any) -
             truth, guess = data.classes[data.y_test[i]], data.classes[scores[i].argmax()]
             axes[name].set_title(f"{truth}, taken for {guess}", fontsize=9, loc="center")
     figure.suptitle(
-        f"{len(wrong)} of {(scores.argmax(1) != data.y_test).sum()} test images of "
-        f"{len(scores)} that are classified wrongly, the surest first", fontsize=11
-    )  # fmt: skip
+        f"{(scores.argmax(1) != data.y_test).sum()} of {len(scores)} test images are classified "
+        f"wrongly; the {len(wrong)} surest of them",
+        fontsize=11,
+    )
     return figure
 
 
@@ -192,7 +190,8 @@ def main(settings: Settings, workdir: Workdir) -> None:
         title="Exact kernel regression on all images",
         introduction=f"Regression with the {settings.get.upper()} of an infinitely wide and deep "
         f"equilibrium network on {len(data.y_train)} training images of `{settings.data}`.",
-        caption="Left: how the solve converges. Right: test images that are classified wrongly.",
+        caption="How the solve converges, where it is one by iteration, and test images that are "
+        "classified wrongly.",
         settings=dataclasses.asdict(settings),
         claims=[
             report.Claim(

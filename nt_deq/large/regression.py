@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from nt_deq.kernel import NoEquilibriumError
 from nt_deq.large import cg
 from nt_deq.large.cholesky import Cholesky
 from nt_deq.large.layout import Layout, in_float64, lost_process
@@ -144,6 +145,8 @@ class KernelRegression:
         )
         with lost_process():
             self._compute = compute = KernelTiles(self.kernel_fn, self.get, layout, x)
+            diagonal = self._diagonal(x)  # before all else: it meets every input
+            self.ridge_ = self.diag_reg * float(diagonal.mean())
             store = None
             if self.store is not None:
                 description = describe(self.kernel_fn, self.get, layout, x)
@@ -153,8 +156,6 @@ class KernelRegression:
             self.plan_ = dataclasses.replace(self.plan_, seconds=total)
             self._tell(f"{len(x)} inputs by {self.plan_}")
 
-            diagonal = self._diagonal(x)
-            self.ridge_ = self.diag_reg * float(diagonal.mean())
             self.solution_ = None
             if self.plan_.method == "cholesky":
                 factor = Cholesky(compute, self.ridge_, self.progress)
@@ -235,8 +236,13 @@ class KernelRegression:
         """`K(x, x)` of every input, `(n,)`."""
         get = get or self.get
         diagonal = jax.jit(lambda x: jnp.diagonal(self.kernel_fn(x, None, get)))
-        found = [np.asarray(diagonal(part), np.float64) for part in _parts(x, _TEST_STD)]
-        return np.concatenate(found)[: len(x)]
+        found = []
+        for part in _parts(x, _TEST_STD):
+            found.append(np.asarray(diagonal(part), np.float64))
+            if not np.isfinite(found[-1]).all():
+                self.kernel_fn(part, None, get)  # outside of jit it says what is wrong
+                raise NoEquilibriumError(f"kernel_fn(x, None, {get!r}) is NaN for some inputs.")
+        return np.concatenate(found)
 
     def _prepare(self, compute: KernelTiles, diagonal: np.ndarray, store: Store | None) -> None:
         """Builds the kernel matrix and its preconditioner."""
