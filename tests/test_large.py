@@ -54,7 +54,7 @@ def fit(data, **options):
 @pytest.mark.parametrize(
     ("kernel_fn", "get"),
     [
-        (KERNEL_FN, "ntk"),
+        pytest.param(KERNEL_FN, "ntk", marks=pytest.mark.smoke),
         pytest.param(DEQ_KERNEL_FN, "ntk", marks=pytest.mark.slow),
         pytest.param(DEQ_KERNEL_FN, "nngp", marks=pytest.mark.slow),
     ],
@@ -219,6 +219,7 @@ def test_the_plan_at_full_size(monkeypatch):
     assert "landmarks" in str(little)
 
 
+@pytest.mark.smoke
 def test_a_store_is_a_zarr_array(data, tmp_path):
     found = fit(data, store=tmp_path / "k", get="nngp")
     array = tensorstore.open(

@@ -17,6 +17,8 @@ def test_python_blocks_run():
         exec(compile(code, "README.md", "exec"), namespace)
     assert namespace["covariance"].shape == (20, 20)
     assert np.isfinite(namespace["gradient"])
+    assert namespace["mean"].shape == (20, 1)
+    assert (namespace["std"] > 0).all()
     assert np.isfinite(namespace["image_kernels"].ntk).all()
     assert namespace["empirical"].shape == (20, 20)
     assert np.isfinite(namespace["loss"])
