@@ -190,8 +190,8 @@ def main(settings: Settings, workdir: Workdir) -> None:
         title="Exact kernel regression on all images",
         introduction=f"Regression with the {settings.get.upper()} of an infinitely wide and deep "
         f"equilibrium network on {len(data.y_train)} training images of `{settings.data}`.",
-        caption="How the solve converges, where it is one by iteration, and test images that are "
-        "classified wrongly.",
+        caption="How the solve converges, where it is one by iteration (it jumps where the residual is "
+        "recomputed in float64), and test images that are classified wrongly.",
         settings=dataclasses.asdict(settings),
         claims=[
             report.Claim(
