@@ -24,7 +24,7 @@ NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification problem with `C` classes; arrays are float64 and int64.
+    """A classification problem with `C` classes; inputs are float64 where not asked otherwise.
 
     Attributes:
       x_train, x_test: standardised inputs, `(n, d)`.
@@ -55,7 +55,13 @@ class Dataset:
 
 
 def load(
-    name: str, data_dir: str | None, n_train: int, n_test: int, seed: int, centre: bool = True
+    name: str,
+    data_dir: str | None,
+    n_train: int,
+    n_test: int,
+    seed: int,
+    centre: bool = True,
+    dtype: type[np.floating] = np.float64,
 ) -> Dataset:
     """Loads a random subset.
 
@@ -67,6 +73,7 @@ def load(
       n_test: how many test images to draw.
       seed: of the draw.
       centre: whether to subtract the mean training image.
+      dtype: of the inputs.
 
     Raises:
       InputError: there is no such data, or not enough of it, or it cannot be right.
@@ -87,8 +94,8 @@ def load(
     classes, labels = np.unique(np.concatenate([y_train, y_test]), return_inverse=True)
     if len(classes) < 2:
         raise InputError(f"--data={name} has one class only among the images drawn: draw more.")
-    flat_train, flat_test = (x.reshape(len(x), -1).astype(np.float64) for x in (x_train, x_test))
-    mean = flat_train.mean(axis=0) if centre else np.zeros(flat_train.shape[1])
+    flat_train, flat_test = (x.reshape(len(x), -1).astype(dtype) for x in (x_train, x_test))
+    mean = flat_train.mean(axis=0) if centre else np.zeros(flat_train.shape[1], dtype)
     return Dataset(
         x_train=_standardise(flat_train, mean),
         y_train=labels[:n_train],
@@ -103,7 +110,7 @@ def _standardise(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Standardises `x` in place: MNIST is large."""
     x -= mean
     norms = np.linalg.norm(x, axis=1, keepdims=True)
-    x *= np.sqrt(x.shape[1])
+    x *= x.shape[1] ** 0.5
     x /= np.where(norms > 0, norms, 1)
     return x
 

@@ -78,7 +78,7 @@ def tune(settings: Settings, data: Dataset) -> list[dict[str, float]]:
     """Accuracy on held-out training images, best first."""
     held_out = min(TUNED_TEST, len(data.x_train) // 3)
     fitted = min(TUNED_TRAIN, len(data.x_train) - held_out)
-    x, y = data.x_train.astype(np.float32), data.y_train
+    x, y = data.x_train, data.y_train
     grid = list(itertools.product(TUNED_W_STD, TUNED_DIAG_REG))
     rows = []
     for W_std, diag_reg in tqdm(grid, desc="tune", unit="setting", file=sys.stderr):
@@ -130,7 +130,7 @@ def main(settings: Settings, workdir: Workdir) -> None:
     """Fits, predicts and writes the report."""
     data = load(
         settings.data, settings.data_dir, settings.n_train, settings.n_test, settings.seed,
-        centre=False,
+        centre=False, dtype=np.float32,
     )  # fmt: skip
     W_std, diag_reg = settings.W_std, settings.diag_reg
     tuned = tune(settings, data) if settings.tune else []
@@ -142,13 +142,13 @@ def main(settings: Settings, workdir: Workdir) -> None:
     )  # fmt: skip
     start = time.perf_counter()
     try:
-        regression.fit(data.x_train.astype(np.float32), data.y_train)
+        regression.fit(data.x_train, data.y_train)
     except StoreError as error:
         raise InputError(f"--{error}") from error
     except (MemoryError, NotPositiveDefiniteError) as error:
         raise TrainingError(str(error)) from error
     fit_seconds = time.perf_counter() - start
-    scores = regression.predict(data.x_test.astype(np.float32))
+    scores = regression.predict(data.x_test)
     seconds = time.perf_counter() - start
     accuracy = float((scores.argmax(1) == data.y_test).mean())
     solution = regression.solution_
@@ -190,8 +190,8 @@ def main(settings: Settings, workdir: Workdir) -> None:
         title="Exact kernel regression on all images",
         introduction=f"Regression with the {settings.get.upper()} of an infinitely wide and deep "
         f"equilibrium network on {len(data.y_train)} training images of `{settings.data}`.",
-        caption="How the solve converges, where it is one by iteration (it jumps where the residual is "
-        "recomputed in float64), and test images that are classified wrongly.",
+        caption="How the solve converges, where it is one by iteration (it jumps where the "
+        "residual is recomputed in float64), and test images that are classified wrongly.",
         settings=dataclasses.asdict(settings),
         claims=[
             report.Claim(

@@ -48,7 +48,7 @@ class Nystrom:
             if (left > enough).sum() < size:
                 break
             pivots = rng.choice(len(left), size, replace=False, p=left / left.sum())
-            block = self._block(compute, pivots)
+            block = self._block(compute, pivots, enough)
             self._blocks.append(block)
             squares = self.layout.gather(_column_squares(block))[: len(left)]
             left = np.maximum(left - squares, 0)
@@ -56,7 +56,7 @@ class Nystrom:
         self.delta = float(left.mean()) + ridge
         self._factor = self._factorise() if self._blocks else None
 
-    def _block(self, compute: KernelTiles, pivots: np.ndarray) -> Array:
+    def _block(self, compute: KernelTiles, pivots: np.ndarray, rounding: float) -> Array:
         """The next rows of `F`, `(devices, landmarks, share)`: sharded by columns."""
         layout = self.layout
         of_device, of_share = pivots // layout.share, pivots % layout.share
@@ -70,15 +70,19 @@ class Nystrom:
             kernel = _deflate(kernel, block, at_pivots(block))
         among = at_pivots(kernel).astype(np.float64)
         among = (among + among.T) / 2
-        among[np.diag_indices_from(among)] += 1e-6 * np.trace(among) / len(among)
+        among[np.diag_indices_from(among)] += rounding
         lower = scipy.linalg.cholesky(among, lower=True)
         inverse = scipy.linalg.solve_triangular(lower, np.eye(len(lower)), lower=True)
         return _combine(inverse.astype(np.float32), kernel)
 
     def _factorise(self) -> Any:
         """The Cholesky factor of `F Fᵀ + δ`, in float64, on every process."""
-        blocks, gather = self._blocks, self.layout.gather
-        gram = np.block([[gather(_gram(a, b)) for b in blocks] for a in blocks])
+        size = self.rank // len(self._blocks)
+        gram = np.zeros((self.rank, self.rank))  # its lower triangle
+        for i, block in enumerate(self._blocks):
+            for j, other in enumerate(self._blocks[: i + 1]):
+                part = self.layout.gather(_gram(block, other))
+                gram[i * size : (i + 1) * size, j * size : (j + 1) * size] = part
         gram[np.diag_indices_from(gram)] += self.delta
         return scipy.linalg.cho_factor(gram, lower=True, overwrite_a=True)
 
