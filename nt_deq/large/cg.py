@@ -72,10 +72,11 @@ def solve(
       NotConvergedError: the residual does not fall any more.
     """
     multiply_exactly = multiply_exactly or multiply
-    size = np.maximum(gather(_norms(b)), np.finfo(np.float64).tiny)
+    norms = gather(_norms(b))
+    size = np.maximum(norms, np.finfo(np.float64).tiny)
     value, r = _zeros_like(b), b
     residuals: list[float] = []
-    worst = float((gather(_norms(b)) / size).max())
+    worst = float((norms / size).max())
     with tqdm(
         desc="conjugate gradients", unit="step", file=sys.stderr, disable=not progress
     ) as bar:

@@ -102,8 +102,7 @@ class Layout:
 
     def vector(self, value: np.ndarray) -> Array:
         """Pads `(n, C)` to whole tiles and a good number of columns; float64, sharded by rows."""
-        columns = math.ceil(value.shape[1] / _COLUMNS) * _COLUMNS
-        padded = np.zeros((self.rows, columns))
+        padded = np.zeros((self.rows, padded_columns(value.shape[1])))
         padded[: self.n, : value.shape[1]] = value
         with enable_x64(True):
             return jax.make_array_from_callback(padded.shape, self.sharded, padded.__getitem__)
@@ -162,6 +161,11 @@ class Layout:
             return jnp.where(jnp.arange(self.rows)[:, None] < self.n, y.sum(0), 0)
 
         return in_float64(jax.jit(total, out_shardings=self.sharded))
+
+
+def padded_columns(columns: int) -> int:
+    """How many columns a vector has after `Layout.vector`."""
+    return math.ceil(columns / _COLUMNS) * _COLUMNS
 
 
 def _first(index: Any) -> int:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nt_deq._compat import shard_map
 from nt_deq.kernel import NoEquilibriumError
-from nt_deq.large.layout import AXIS, Layout, Round
+from nt_deq.large.layout import AXIS, Layout, Round, padded_columns
 from nt_deq.large.store import Store
 
 
@@ -54,6 +54,7 @@ class KernelTiles:
         self._diagonal = jax.jit(mapped(diagonal, in_specs=each, out_specs=(tile, tile)))
         self._off_diagonal = jax.jit(mapped(off_diagonal, in_specs=each, out_specs=(tile, tile)))
         self._cross = jax.jit(mapped(cross, in_specs=(P(), tile), out_specs=(tile, tile)))
+        self._variances = jax.jit(lambda x: jnp.diagonal(kernel_fn(x, None, get)))
 
     def inputs(self, tiles: np.ndarray) -> Array:
         """The inputs of one tile a device, `(devices, side, ...)`, the first input as padding."""
@@ -76,16 +77,23 @@ class KernelTiles:
         tiles, finite = fn(self.inputs(round_.rows), self.inputs(round_.columns))
         for device, is_finite in self.layout.local(finite).items():
             if not is_finite:
-                self._fail(int(round_.rows[device]), int(round_.columns[device]))
+                row, column = (self.layout.slice(int(i[device])) for i in round_[:2])
+                self._fail(self.x[row], self.x[column], f"inputs {row} and {column}")
         return tiles
 
-    def _fail(self, row, column):
-        x1, x2 = (self.x[self.layout.slice(i)] for i in (row, column))
+    def variances(self, x: np.ndarray) -> np.ndarray:
+        """The kernel of every one of a few inputs `(m, ...)` with itself, `(m,)`, float64."""
+        variances = np.asarray(self._variances(x), np.float64)
+        if not np.isfinite(variances).all():
+            self._fail(x, None, "inputs with themselves")
+        return variances
+
+    def _fail(self, x1, x2, where):
         self.kernel_fn(x1, None, self.get)  # outside of jit it says what is wrong
         self.kernel_fn(x1, x2, self.get)
         raise NoEquilibriumError(
-            f"kernel_fn(x1, x2, get={self.get!r}) is NaN or infinite for some of the inputs "
-            f"{self.layout.slice(row)} and {self.layout.slice(column)}: look at it there."
+            f"kernel_fn(x1, x2, get={self.get!r}) is NaN or infinite for some of the {where}: look "
+            "at it there."
         )
 
     def against(self, others: np.ndarray) -> Iterator[tuple[slice, Array]]:
@@ -108,10 +116,7 @@ class KernelTiles:
             inputs = layout.put(rows, (size, *self.x.shape[1:]), self.x.dtype)
             kernel, finite = self._cross(others, inputs)
             if not all(map(np.all, layout.local(finite).values())):
-                self.kernel_fn(np.asarray(others), None, self.get)  # says what is wrong
-                raise NoEquilibriumError(
-                    "kernel_fn is NaN between these inputs and the training's."
-                )
+                self._fail(np.asarray(others), None, "inputs with the training inputs")
             yield part, kernel[:, :, : part.stop - part.start]
 
 
@@ -230,8 +235,8 @@ def time_tile(compute: KernelTiles, columns: int) -> tuple[float, float]:
     """Seconds of one round of tiles, and of their product with `columns` vectors, compiled."""
     layout = compute.layout
     round_ = list(layout.rounds())[-1]
-    columns = layout.vector(np.zeros((layout.n, columns))).shape[1]
-    p = jax.device_put(np.zeros((layout.rows, columns), np.float32), layout.replicated)
+    p = np.zeros((layout.rows, padded_columns(columns)), np.float32)
+    p = jax.device_put(p, layout.replicated)
 
     def product(tile):
         y = layout.zeros(p.shape[1])

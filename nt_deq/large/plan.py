@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import psutil
 
-from nt_deq.large.layout import Layout
+from nt_deq.large.layout import Layout, padded_columns
 
 _DIRECT = 8192  # inputs up to which a factorisation is the shorter way
 _MOST_LANDMARKS = 4000
@@ -43,12 +43,11 @@ class Plan:
 
     def __str__(self) -> str:
         """One line for the user."""
-        how = {
-            "cholesky": "Cholesky factorisation in place",
-            "cg": f"conjugate gradients with {self.rank} landmarks, the kernel in {self.keep}",
-        }[self.method]
-        if self.keep == "nothing":
-            how = f"conjugate gradients with {self.rank} landmarks, the kernel computed anew"
+        if self.method == "cholesky":
+            how = "Cholesky factorisation in place"
+        else:
+            where = "computed anew" if self.keep == "nothing" else f"in {self.keep}"
+            how = f"conjugate gradients with {self.rank} landmarks, the kernel {where}"
         parts = [f"{self.memory / 1e9:.2g} of {self.available / 1e9:.2g} GB memory"]
         if self.disk:
             parts.append(f"{self.disk / 1e9:.2g} GB on disk")
@@ -98,7 +97,7 @@ def make_plan(
     triangle = layout.tiles * (layout.tiles + 1) // 2
     tile = 4.0 * layout.side**2
     base = _OVERHEAD + 2 * inputs_bytes + 8 * share * tile  # a few tiles at work on each device
-    columns = -(-outputs // 16) * 16
+    columns = padded_columns(outputs)
     vectors = 8.0 * layout.rows * columns * 8
 
     if method == "auto":
@@ -144,7 +143,7 @@ def estimate_seconds(
 ) -> float:
     """The time of a fit, from that of a round of tiles and of its product with the vectors."""
     rounds = sum(1 for _ in layout.rounds())
-    speed = 2.0 * layout.devices * layout.side**2 * max(outputs, 16) / product_seconds
+    speed = 2.0 * layout.devices * layout.side**2 * padded_columns(outputs) / product_seconds
     if plan.method == "cholesky":
         return rounds * tile_seconds + plan.flops / speed
     step = rounds * product_seconds

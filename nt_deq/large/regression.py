@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nt_deq.kernel import NoEquilibriumError
 from nt_deq.large import cg
 from nt_deq.large.cholesky import Cholesky
 from nt_deq.large.layout import Layout, in_float64, lost_process
@@ -145,7 +144,10 @@ class KernelRegression:
         )
         with lost_process():
             self._compute = compute = KernelTiles(self.kernel_fn, self.get, layout, x)
-            diagonal = self._diagonal(x)  # before all else: it meets every input
+            of_nngp = (self.kernel_fn, "nngp", layout, x)
+            self._nngp = compute if self.get == "nngp" else KernelTiles(*of_nngp)
+            # Before all else: it meets every input.
+            diagonal = np.concatenate([compute.variances(part) for part in _parts(x, _TEST_STD)])
             self.ridge_ = self.diag_reg * float(diagonal.mean())
             store = None
             if self.store is not None:
@@ -232,18 +234,6 @@ class KernelRegression:
             )
         return x
 
-    def _diagonal(self, x, get: str | None = None) -> np.ndarray:
-        """`K(x, x)` of every input, `(n,)`."""
-        get = get or self.get
-        diagonal = jax.jit(lambda x: jnp.diagonal(self.kernel_fn(x, None, get)))
-        found = []
-        for part in _parts(x, _TEST_STD):
-            found.append(np.asarray(diagonal(part), np.float64))
-            if not np.isfinite(found[-1]).all():
-                self.kernel_fn(part, None, get)  # outside of jit it says what is wrong
-                raise NoEquilibriumError(f"kernel_fn(x, None, {get!r}) is NaN for some inputs.")
-        return np.concatenate(found)
-
     def _prepare(self, compute: KernelTiles, diagonal: np.ndarray, store: Store | None) -> None:
         """Builds the kernel matrix and its preconditioner."""
         if store is not None:
@@ -286,14 +276,13 @@ class KernelRegression:
         layout = self._compute.layout
         own = self._rows(self._compute, x)
         solved = self._solve(own.T)
-        prior = self._diagonal(x, "nngp")
+        prior = self._nngp.variances(x)
         if self.get == "nngp":
             variance = prior - np.sum(own * solved.T, axis=1)
         else:
-            nngp = KernelTiles(self.kernel_fn, "nngp", layout, self._compute.x)
-            spread = layout.gather(Recomputed(nngp).multiply(layout.vector(solved)))
+            spread = layout.gather(Recomputed(self._nngp).multiply(layout.vector(solved)))
             spread = spread[: layout.n, : len(x)]
-            variance = prior - 2 * np.sum(self._rows(nngp, x) * solved.T, axis=1)
+            variance = prior - 2 * np.sum(self._rows(self._nngp, x) * solved.T, axis=1)
             variance += np.sum(solved * spread, axis=0)
         return np.sqrt(np.maximum(variance, 0))
 
