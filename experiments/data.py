@@ -17,9 +17,30 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments import launch
 from experiments.errors import InputError
+from experiments.launch import flag
 
 NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+@dataclass(frozen=True)
+class DataSettings(launch.Settings):
+    """The flags that launchers on images share."""
+
+    data: str = flag(
+        "digits",
+        "digits (scikit-learn's), mnist (IDX files in --data_dir, gzipped or not), or a .npz file "
+        "with arrays x_train, x_test (n, ...) and integer labels y_train, y_test (n,)",
+    )
+    data_dir: str | None = flag(None, "directory of MNIST's four IDX files, for --data=mnist")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data_dir is not None and self.data != "mnist":
+            raise InputError(
+                f"--data_dir={self.data_dir} is for --data=mnist alone, and --data={self.data}."
+            )
 
 
 @dataclass(frozen=True)

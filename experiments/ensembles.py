@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nt_deq import NoEquilibriumError, activations
 from experiments import finite, infinite, launch
-from experiments.data import Dataset, load
+from experiments.data import Dataset, DataSettings, load
 from experiments.errors import InputError
 from experiments.launch import flag
 from experiments.network import Architecture
@@ -22,15 +22,9 @@ from experiments.workdir import Arrays, Workdir
 
 
 @dataclass(frozen=True)
-class Settings(launch.Settings):
+class Settings(DataSettings):
     """The flags that the launchers with trained networks share."""
 
-    data: str = flag(
-        "digits",
-        "digits (scikit-learn's), mnist (IDX files in --data_dir, gzipped or not), or a .npz file "
-        "with arrays x_train, x_test (n, ...) and integer labels y_train, y_test (n,)",
-    )
-    data_dir: str | None = flag(None, "directory of MNIST's four IDX files, for --data=mnist")
     n_train: int = flag(256, "training images, drawn at random", at_least=2)
     n_test: int = flag(500, "test images, drawn at random", at_least=1)
     widths: tuple[int, ...] = flag((64, 256, 1024), "widths of the finite networks", at_least=1)
@@ -69,10 +63,6 @@ class Settings(launch.Settings):
             raise InputError(
                 f"--widths={launch.format_value(self.widths)} has to be at least two different "
                 "widths, none twice: distances are compared across widths."
-            )
-        if self.data_dir is not None and self.data != "mnist":
-            raise InputError(
-                f"--data_dir={self.data_dir} is for --data=mnist alone, and --data={self.data}."
             )
 
     @property

@@ -25,7 +25,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 from tqdm import tqdm
 
 from experiments import generalization_report, interpolation, launch
-from experiments.data import Dataset, load
+from experiments.data import Dataset, DataSettings, load
 from experiments.errors import InputError
 from experiments.kernel_regression import REGULARISATION, Kernel, regress, solve, tiled
 from experiments.launch import flag
@@ -46,15 +46,9 @@ FULL = {
 
 
 @dataclass(frozen=True)
-class Settings(launch.Settings):
+class Settings(DataSettings):
     """The flags."""
 
-    data: str = flag(
-        "digits",
-        "digits (scikit-learn's), mnist (IDX files in --data_dir, gzipped or not), or a .npz file "
-        "with arrays x_train, x_test (n, ...) and integer labels y_train, y_test (n,)",
-    )
-    data_dir: str | None = flag(None, "directory of MNIST's four IDX files, for --data=mnist")
     counts: tuple[int, ...] = flag((50, 100, 300, 1000), "numbers of training images", at_least=10)
     n_test: int = flag(700, "test images, drawn at random", at_least=2)
     label_noise: float = flag(
@@ -95,10 +89,6 @@ class Settings(launch.Settings):
         if self.W_std >= 2**0.5:
             raise InputError(
                 f"--W_std={self.W_std} is too large: there is an equilibrium below √2 = 1.414."
-            )
-        if self.data_dir is not None and self.data != "mnist":
-            raise InputError(
-                f"--data_dir={self.data_dir} is for --data=mnist alone, and --data={self.data}."
             )
 
     @property

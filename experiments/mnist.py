@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from nt_deq import KernelRegression, activations, stax
 from experiments import launch, report
-from experiments.data import Dataset, load
+from experiments.data import Dataset, DataSettings, load
 from experiments.errors import InputError, TrainingError
 from experiments.launch import flag
 from experiments.workdir import Workdir
@@ -38,11 +38,10 @@ TUNED_TRAIN, TUNED_TEST = 5000, 5000  # training images to fit and to judge by, 
 
 
 @dataclass(frozen=True)
-class Settings(launch.Settings):
+class Settings(DataSettings):
     """The flags."""
 
     data: str = flag("mnist", "mnist (IDX files in --data_dir), digits, or a .npz file")
-    data_dir: str | None = flag(None, "directory of MNIST's four IDX files")
     n_train: int = flag(60_000, "training images", at_least=2)
     n_test: int = flag(10_000, "test images", at_least=1)
     get: str = flag("ntk", "ntk or nngp")

@@ -38,7 +38,7 @@ from nt_deq import NoEquilibriumError, activations
 from experiments import launch
 from experiments.checkpoints import Run
 from experiments.classifier import LOSSES, Classifier, make_optimizer, make_schedule
-from experiments.data import Dataset, load
+from experiments.data import Dataset, DataSettings, load
 from experiments.errors import InputError, TrainingError
 from experiments.launch import flag
 from experiments.network import Architecture, Network
@@ -51,15 +51,9 @@ CHUNK = 8  # steps a call at most: so often the progress is told and Ctrl-C hear
 
 
 @dataclass(frozen=True)
-class Settings(launch.Settings):
+class Settings(DataSettings):
     """The flags."""
 
-    data: str = flag(
-        "digits",
-        "digits (scikit-learn's), mnist (IDX files in --data_dir, gzipped or not), or a .npz file "
-        "with arrays x_train, x_test (n, ...) and integer labels y_train, y_test (n,)",
-    )
-    data_dir: str | None = flag(None, "directory of MNIST's four IDX files, for --data=mnist")
     n_train: int = flag(1437, "training images, drawn at random", at_least=2)
     n_test: int = flag(360, "test images, drawn at random", at_least=1)
     width: int = flag(256, "width of the network", at_least=1)
@@ -106,10 +100,6 @@ class Settings(launch.Settings):
                 raise InputError(f"--{name}={value} is unknown: use one of {', '.join(known)}.")
         if self.rtol > 0.1:
             raise InputError(f"--rtol={self.rtol} is too large: it has to be at most 0.1.")
-        if self.data_dir is not None and self.data != "mnist":
-            raise InputError(
-                f"--data_dir={self.data_dir} is for --data=mnist alone, and --data={self.data}."
-            )
         if self.batch_size > self.n_train:
             raise InputError(
                 f"--batch_size={self.batch_size} is too large: there are --n_train={self.n_train} "
