@@ -1,6 +1,7 @@
 """One process of the tests of nt_deq.large: `large_process.py TASK ...`; see test_large.py."""
 
 import os
+import re
 import signal
 import sys
 
@@ -9,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nt_deq import KernelRegression, stax
-from nt_deq.large import layout
+from nt_deq._compat import enable_x64
+from nt_deq.large import layout, nystrom
 from nt_deq.large.store import Store
 
 
@@ -40,6 +42,31 @@ def save(path, found):
         np.save(path, found.predict(np.ones((4, 6), np.float32) * np.arange(4)[:, None]))
 
 
+def received(fn, *args):
+    """Bytes that each device receives in a compiled program, as XLA's rings pass them."""
+    program = fn.__wrapped__.lower(*args).compile().as_text()
+    pattern = r"= f(\d+)\[([\d,]*)\]\S* (all-gather|all-reduce|reduce-scatter)\("
+    devices, total = jax.device_count(), 0.0
+    for bits, shape, kind in re.findall(pattern, program):
+        size = int(bits) / 8 * np.prod([int(n) for n in shape.split(",") if n])
+        passes = {"all-gather": 1, "all-reduce": 2, "reduce-scatter": devices}[kind]
+        total += passes * size * (devices - 1) / devices
+    return total
+
+
+def communication():
+    """Of a step of conjugate gradients: as planned, and in the compiled programs."""
+    found = fit(mesh=Mesh(np.array(jax.devices()), ("x",)), keep="memory")
+    compute, rank = found._compute, found.plan_.rank
+    cut, v = compute.layout, compute.layout.vector(found.coefficients_)
+    precondition = nystrom.Nystrom(compute, np.ones(len(compute.x)), rank, found.ridge_)
+    with enable_x64(True):
+        counted = received(layout._replicate, v.astype("float32"), cut.replicated)
+        counted += received(cut.sum, cut.zeros(v.shape[1]))
+        counted += sum(received(nystrom._project, block, v) for block in precondition._blocks)
+    print(found.plan_.bytes_per_step, counted)
+
+
 def main(task, *args):
     if task in ("store", "killed"):
         if task == "killed":
@@ -47,6 +74,8 @@ def main(task, *args):
         save(args[1], fit(store=args[0]))
     elif task == "mesh":
         save(args[0], fit(mesh=Mesh(np.array(jax.devices()), ("x",))))
+    elif task == "communication":
+        communication()
     else:
         process, count, port, store, result = args
         jax.config.update("jax_cpu_collectives_implementation", "gloo")

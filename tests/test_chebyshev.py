@@ -81,6 +81,7 @@ def test_it_is_newton_in_fewer_passes(x64, name, W_var):
     assert error[apart].max() < 1e-12
 
 
+@pytest.mark.slow
 def test_derivatives_to_second_order(x64):
     """Those of `V` and `V̇`; `tests/test_kernel.py` has those of `K*` and `Θ*`."""
     x = circle(4)

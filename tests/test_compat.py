@@ -162,6 +162,7 @@ def test_neural_tangents_may_be_imported_first():
     assert "neural_tangents.experimental" not in found["applied"]
 
 
+@pytest.mark.slow
 def test_the_package_may_be_imported_again():
     found = in_a_new_process(
         """

@@ -56,6 +56,7 @@ def test_derivatives_are_those_of_the_unrolled_network(x64):
     np.testing.assert_allclose(forward, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_second_derivatives(x64):
     W, u = problem(6, 2)
 

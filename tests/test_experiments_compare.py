@@ -114,6 +114,7 @@ def test_every_file_is_written(run):
     assert claims[0]["holds"] == (fit["low"] <= -0.5 <= fit["high"])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
     compare(TINY, Workdir(tmp_path))
     again, before = (without_seconds(results(path)) for path in (tmp_path, run[1]))
@@ -278,6 +279,7 @@ def test_bad_flags_end_it_with_one_line(flags, message):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished(tmp_path, run):
     process = launch(f"--workdir={tmp_path}", *FLAGS, "--steps=1000000")
     deadline = time.monotonic() + 120

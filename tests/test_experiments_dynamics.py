@@ -108,6 +108,7 @@ def test_all_distances_fall_with_width(run):
     assert found["widest_fit"] == found["distance_fits"][-1]  # there are two widths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     [

@@ -111,6 +111,7 @@ def test_regression_is_that_of_scikit_learn():
                 np.testing.assert_allclose(ours[name][i, noise], gp.predict(x), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_deqs_regression_is_ridge_regression_with_its_kernel(x64):
     data, found = problem()
     family, shapes = generalization.FAMILIES["DEQ, NTK"]

@@ -245,6 +245,7 @@ def writing_a_checkpoint(path):
     return lines_written(path) > 8 and any("tmp" in f.name for f in path.glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     kill_when(writing_a_checkpoint, killed)

@@ -1,5 +1,7 @@
 """`stax.FixedPoint` for any cell, against explicit layers and finite networks with tied weights."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import neural_tangents as nt
@@ -50,6 +52,7 @@ def cases(stax):
 
 
 CASES, ORIGINAL = cases(stax), cases(nt.stax)
+QUICK = ("dense", "two_hidden", "dropout", "layer_norm", "branches", "conv", "attention")
 DENSE = stax.Dense(WIDTH)
 
 
@@ -77,10 +80,7 @@ def unrolled(cell, inject, x1, x2, layers=300):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("conv_circular", "conv_1d") else name
-        for name in CASES
-    ],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
 )
 def test_it_is_the_limit_of_explicit_layers(x64, name):
     cell, inject, shape = CASES[name]
@@ -99,9 +99,8 @@ def test_it_is_the_limit_of_explicit_layers(x64, name):
         assert ours.shape1 == (*shape[:-1], WIDTH)
 
 
-@pytest.mark.parametrize(
-    "name", ["conv", *(pytest.param(n, marks=pytest.mark.slow) for n in ("conv_pool", "attention"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["conv", "conv_pool", "attention"])
 def test_solvers_agree_and_anderson_is_faster(x64, name):
     cell, inject, shape = CASES[name]
     x, _ = pair(shape)
@@ -116,7 +115,8 @@ def test_solvers_agree_and_anderson_is_faster(x64, name):
     np.testing.assert_allclose(anderson.ntk, picard.ntk, atol=1e-11 * picard.ntk.max())
 
 
-@pytest.mark.parametrize("name", ["dropout", pytest.param("pool", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dropout", "pool"])
 def test_tiles_of_pairs_do_not_show(x64, monkeypatch, name):
     """Small tiles, of which the last overlap the ones before; where an input meets itself too."""
     conv = stax.Conv(WIDTH, (3,), padding="SAME", W_std=0.7)
@@ -168,11 +168,9 @@ def test_deq_is_a_special_case(x64):
     [
         "two_hidden",
         "branches",
-        "conv",
         "layer_norm",
         "dropout",
-        pytest.param("conv_pool", marks=pytest.mark.slow),
-        pytest.param("attention", marks=pytest.mark.slow),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("conv", "conv_pool", "attention")),
     ],
 )
 def test_finite_networks_with_tied_weights_approach_it(name):
@@ -265,6 +263,7 @@ def test_it_composes(x64):
         assert apply_fn(init_fn(random.key(0), x1.shape)[1], x1).shape == (3, 2)
 
 
+@pytest.mark.slow
 def test_diagonal_spatial_is_used_where_it_is_enough():
     x, _ = pair(IMAGES)
     flat = stax.serial(stax.FixedPoint(*CASES["conv"][:2]), stax.Flatten())
@@ -275,7 +274,7 @@ def test_diagonal_spatial_is_used_where_it_is_enough():
     np.testing.assert_allclose(flat[2](x).nngp, full, rtol=1e-5)
 
 
-@pytest.mark.parametrize("channel_axis", [1, 2])
+@pytest.mark.parametrize("channel_axis", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_other_axes(x64, channel_axis):
     x, _ = pair((3, 5, 4))
     moved = jnp.moveaxis(x, -1, channel_axis)
@@ -351,8 +350,15 @@ def test_derivatives_where_an_input_meets_itself(dtype):
     np.testing.assert_allclose(np.diag(kernel), diagonal, rtol=100 * eps)
 
 
-@pytest.mark.parametrize("name", ["relu", "leaky_relu", "abs", "erf", "gelu", "sin"])
-@pytest.mark.parametrize("diagonal_spatial", [True, False])
+@pytest.mark.parametrize(
+    ("name", "diagonal_spatial"),
+    [
+        case
+        if case in (("relu", False), ("erf", True))
+        else pytest.param(*case, marks=pytest.mark.slow)
+        for case in product(["relu", "leaky_relu", "abs", "erf", "gelu", "sin"], [True, False])
+    ],
+)
 def test_nonlinearities_have_the_kernels_of_the_original(x64, name, diagonal_spatial):
     x1, x2 = pair(IMAGES)
     original = {

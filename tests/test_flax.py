@@ -78,6 +78,7 @@ def test_parameters_are_standard_normal():
     assert not np.allclose(other.deq.hidden.W[...], module.deq.hidden.W[...])
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_functional_serves_neural_tangents(x64):
     x = inputs()
@@ -101,6 +102,7 @@ def test_functional_serves_neural_tangents(x64):
     np.testing.assert_array_equal(apply_fn(params, x), module(x))
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_structured_derivatives_say_what_to_use_instead():
     x = inputs(2)

@@ -59,6 +59,11 @@ SETTINGS = {
 # The same formulas as relu, sin and tanh, and compiling them takes long.
 ALIKE = ("leaky_relu", "cos", "sigmoid", "softplus", "silu")
 EVERY = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in SETTINGS]
+# Derivatives take longest to compile: of each kind of solver one.
+DIFFERENTIATED = [
+    name if name in ("relu", "tanh") else pytest.param(name, marks=pytest.mark.slow)
+    for name in SETTINGS
+]
 
 
 def inputs(n=6, d=5, seed=0, dtype=None):
@@ -238,7 +243,7 @@ def weighted_sum(p, x, activation):
     return jnp.sum(jnp.cos(jnp.arange(kernels.size)).reshape(kernels.shape) * kernels)
 
 
-@pytest.mark.parametrize("activation", EVERY)
+@pytest.mark.parametrize("activation", DIFFERENTIATED)
 def test_derivatives_in_the_hyperparameters(x64, activation):
     x = inputs(4, 3)
     x = jnp.concatenate([x, x[:1], -x[:1]])  # and where arccos' derivative is infinite
@@ -255,7 +260,7 @@ def test_derivatives_in_the_hyperparameters(x64, activation):
     np.testing.assert_allclose(jax.hessian(fn)(p), central(gradient, p), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("activation", EVERY)
+@pytest.mark.parametrize("activation", DIFFERENTIATED)
 def test_derivatives_in_the_inputs(x64, activation):
     x1, x2 = inputs(3, 4), inputs(2, 4, seed=1)
     step = 1e-6
@@ -277,7 +282,7 @@ def test_gradients_at_duplicates_are_finite(dtype):
     assert np.isfinite(gradient(x)).all()
 
 
-@pytest.mark.parametrize("activation", ["relu", "erf"])
+@pytest.mark.parametrize("activation", ["relu", pytest.param("erf", marks=pytest.mark.slow)])
 def test_derivatives_in_float32(x64, activation):
     x = inputs(4, 3)
     x = jnp.concatenate([x, x[:1], -x[:1]])
@@ -311,7 +316,7 @@ def test_an_entry_does_not_depend_on_the_others(x64):
     np.testing.assert_allclose(part.ntk, whole.ntk[:3, 2:5], rtol=1e-13)
 
 
-@pytest.mark.parametrize("activation", ["relu", "erf"])
+@pytest.mark.parametrize("activation", ["relu", pytest.param("erf", marks=pytest.mark.slow)])
 def test_tiles_join(x64, activation):
     """More entries than are solved at a time, in numbers that tiles do not divide."""
     x = inputs(300, 3)

@@ -113,6 +113,7 @@ def test_the_residual_is_the_true_one(data, keep):
     assert found.solution_.residuals[-1] < found.solution_.residuals[0]
 
 
+@pytest.mark.slow
 def test_landmarks_save_steps_and_approximate(data):
     plain = fit(data, method="cg", rank=1, tol=1e-7).solution_.steps
     helped = fit(data, method="cg", rank=60, tol=1e-7).solution_.steps
@@ -334,6 +335,14 @@ def test_eight_devices_are_one(tmp_path):
         assert code == 0, out
     one, eight = (np.load(tmp_path / f"{devices}.npy") for devices in (1, 8))
     np.testing.assert_allclose(eight, one, atol=1e-5)  # the landmarks are others, tol is 1e-7
+
+
+@pytest.mark.slow
+def test_what_a_step_sends_is_what_its_programs_send():
+    code, out = output(run("communication", devices=8))
+    assert code == 0, out
+    planned, counted = map(float, out.split())
+    assert planned == counted > 0
 
 
 @pytest.mark.slow

@@ -111,6 +111,7 @@ def test_identity_has_the_linear_term_alone():
     assert feature_error(features, network(W_std=0.5, activation="identity"), x) < 1e-6
 
 
+@pytest.mark.slow
 def test_sketch_is_unbiased(x64):
     series = deq_series(6, **SETTINGS["one layer"])  # some degrees have no term
     assert list(series.coefficients > 0) == [True, True, True, False, True, False, True]
@@ -128,6 +129,7 @@ def test_sketch_is_unbiased(x64):
     assert (np.abs(products.mean(axis=0) - exact) <= 4.5 * spread + 1e-12).all()
 
 
+@pytest.mark.slow
 def test_error_of_the_sketch_falls_like_one_over_root_m(x64):
     series = deq_series(5, **SETTINGS["relu"])
     x = sphere(64)
@@ -207,6 +209,7 @@ def test_nystrom_of_images(x64):
     assert feature_error(NystromFeatures(kernel_fn, x, "nngp"), kernel_fn, x, "nngp") < 1e-10
 
 
+@pytest.mark.slow
 def test_sketch_of_the_leading_terms_and_nystrom_of_the_remainder(x64):
     kernel_fn, series = network(**MNIST), deq_series(1, **MNIST)
     landmarks, x = sphere(20), sphere(20, seed=1)

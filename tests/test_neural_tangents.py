@@ -155,7 +155,7 @@ def slicing():
 
 
 @pytest.mark.parametrize("implementation", list(nt.NtkImplementation))
-@pytest.mark.parametrize("network", [convolutional, slicing])
+@pytest.mark.parametrize("network", [pytest.param(convolutional, marks=pytest.mark.slow), slicing])
 def test_empirical_ntk_fn(network, implementation):
     apply_fn, params, x = network()
     jacobian = jax.jacobian(lambda p: apply_fn(p, x))(params)
@@ -190,7 +190,7 @@ def test_linearize_and_taylor_expand():
     )
 
 
-QUICK = ("gelu", "residual", "layer_norm", "conv_valid", "sum_pool", "masked_conv", "aggregate")
+QUICK = ("gelu", "residual", "layer_norm", "masked_conv", "aggregate")
 
 
 @pytest.mark.parametrize(

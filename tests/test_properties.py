@@ -24,10 +24,10 @@ def x64():
 
 @st.composite
 def problems(draw, names=("relu", "leaky_relu", "abs", "erf", "gelu", "sin"), largest=6):
-    """Inputs `(ROWS, d)` and the arguments of `deq_kernel`, at which there is an equilibrium."""
-    features = draw(st.sampled_from([2, 60]))
+    """Inputs `(ROWS, 60)` of rank 2 or full, and arguments of `deq_kernel` with an equilibrium."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    x = rng.normal(size=(ROWS, features))
+    x = rng.normal(size=(ROWS, 60))  # of one shape, since another would be compiled anew
+    x[:, draw(st.sampled_from([2, 60])) :] = 0
     x *= 10 ** rng.uniform(-6, largest, (ROWS, 1)) / np.linalg.norm(x, axis=1, keepdims=True)
     x[5], x[6], x[7], x[8] = x[0], -x[1], 3 * x[2], 0
     activation = draw(st.sampled_from(names))
@@ -137,6 +137,7 @@ def test_it_is_invariant_under_permutations_and_rotations(problem, random):
     assert (np.abs(rotated.nngp - whole.nngp) <= 4 * whole.error_bound).all()
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(problems(), st.floats(1.01, 1.5))
 def test_it_grows_with_what_should_make_it_grow(problem, factor):

@@ -97,6 +97,7 @@ def unrolled_standard(x, width, W_std, U_std, b_std, layers=200):
     return stax.Relu()[2](k)
 
 
+@pytest.mark.slow
 def test_standard_parameterisation(x64):
     x = inputs()
     ours = stax.DEQ(32, 0.8, 1.2, 0.3, parameterization="standard")[2](x)
@@ -110,6 +111,7 @@ def test_standard_parameterisation(x64):
     np.testing.assert_allclose(standard, ntk, rtol=1e-10)  # the same function at initialisation
 
 
+@pytest.mark.slow
 def test_it_composes(x64):
     """Deeper in a network, in parallel, and after images are flattened."""
     x = random.normal(random.key(0), (3, 4, 4, 2))
@@ -131,6 +133,7 @@ def test_it_composes(x64):
     np.testing.assert_allclose(kernel_fn(x, x[:2]).ntk, kernels.ntk[:, :2], rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_on_images_every_pixel_is_a_vector(x64):
     x = random.normal(random.key(0), (2, 3, 2, 5))
     init_fn, apply_fn, kernel_fn = stax.DEQ(16, 0.8, 1.0, 0.2)
@@ -214,6 +217,7 @@ def test_finite_networks_converge_to_the_kernels(activation):
         assert (error < 4 * spread + 5 / width * np.abs(limit).max()).all()
 
 
+@pytest.mark.slow
 def test_monte_carlo_and_empirical_kernels(x64):
     x1, x2 = inputs(3, 4), inputs(2, 4, seed=1)
     init_fn, apply_fn, kernel_fn = network(256, 1)

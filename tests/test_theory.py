@@ -132,6 +132,7 @@ def test_the_kernel_converges_at_its_rate(setting, depth, rtol):
     np.testing.assert_allclose(errors[1] / errors[0], rate, rtol=rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_layers_of_the_tied_network_approach_each_other_at_the_local_rate():
     setting = {**TANH, "W_std": 1.1}
