@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import nt_deq  # isort: split
-
 import jax
 import jax.numpy as jnp
 
 from nt_deq import stax
-from nt_deq.large.plan import bytes_per_step
 from benchmarks import _measure
+from nt_deq.large.plan import bytes_per_step
 
 SIDE, FEATURES, OUTPUTS, RANK = 2048, 784, 16, 4000
 STEPS = 31  # that all of MNIST took, with as many landmarks
