@@ -254,7 +254,8 @@ def _draw(found: dict[str, Any], plt: Any) -> Any:
         ax.set_xticks(f["depths"], f["depths"])
         ax.minorticks_off()
         ax.set(xlabel="depth l", ylabel="relative squared error of one network (median)")
-        ax.legend(loc="upper right" if name == "relu" else "upper left")
+        ax.set_ylim(top=3 * ax.get_ylim()[1])  # room for the legend
+        ax.legend(loc="upper left", ncols=3)
     axes[0, 0].set_title("Tied ReLU network with injection, against Σ*:\ndeeper is no further away")
     axes[0, 1].set_title(
         "ReLU MLP, against the infinitely wide one of its depth:\ndeeper is further away"

@@ -188,7 +188,7 @@ def _draw(found: dict[str, list[dict[str, Any]]], plt: Any) -> Any:
         column[0].plot([], [], ".", color=report.RED, label="spectral radius of a network")
         column[0].axhline(1, color="#999999", lw=1)
         column[0].set(title=f"{activation}: stable below 1", ylim=(0, 1.6))
-        column[0].legend(loc="upper left")
+        column[0].legend(loc="lower right")
         column[1].plot(W_stds, [p["converged"] for p in points], "o-", color=report.RED)
         column[1].set(
             title="Finite networks that come to rest", xlabel="W_std", ylabel="share of networks"

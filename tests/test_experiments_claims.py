@@ -98,6 +98,7 @@ def test_covariance(tmp_path):
         assert f["slope"]["exponent"] == pytest.approx(-1, abs=0.25)
 
 
+@pytest.mark.slow
 def test_gaussianity(tmp_path):
     settings = gaussianity.Settings(inputs_count=2, widths=(4, 150), networks=400)
     found = launch(gaussianity, settings, tmp_path)["measured"]

@@ -265,7 +265,7 @@ def launch(*flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--n_train=many",), "--n_train=many"),
+        pytest.param(("--n_train=many",), "--n_train=many", marks=pytest.mark.slow),
         (("--workdir=out/unused", "--widths=64,wide"), "--widths=64,wide has to be integers"),
     ],
 )

@@ -52,7 +52,7 @@ def cases(stax):
 
 
 CASES, ORIGINAL = cases(stax), cases(nt.stax)
-QUICK = ("dense", "two_hidden", "dropout", "layer_norm", "branches", "conv", "attention")
+QUICK = ("two_hidden", "layer_norm", "branches", "conv")
 DENSE = stax.Dense(WIDTH)
 
 
@@ -166,11 +166,12 @@ def test_deq_is_a_special_case(x64):
 @pytest.mark.parametrize(
     "name",
     [
-        "two_hidden",
         "branches",
-        "layer_norm",
         "dropout",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("conv", "conv_pool", "attention")),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("two_hidden", "conv", "layer_norm", "conv_pool", "attention")
+        ),
     ],
 )
 def test_finite_networks_with_tied_weights_approach_it(name):
@@ -274,7 +275,8 @@ def test_diagonal_spatial_is_used_where_it_is_enough():
     np.testing.assert_allclose(flat[2](x).nngp, full, rtol=1e-5)
 
 
-@pytest.mark.parametrize("channel_axis", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("channel_axis", [1, 2])
 def test_other_axes(x64, channel_axis):
     x, _ = pair((3, 5, 4))
     moved = jnp.moveaxis(x, -1, channel_axis)
@@ -353,9 +355,7 @@ def test_derivatives_where_an_input_meets_itself(dtype):
 @pytest.mark.parametrize(
     ("name", "diagonal_spatial"),
     [
-        case
-        if case in (("relu", False), ("erf", True))
-        else pytest.param(*case, marks=pytest.mark.slow)
+        case if case in (("erf", True),) else pytest.param(*case, marks=pytest.mark.slow)
         for case in product(["relu", "leaky_relu", "abs", "erf", "gelu", "sin"], [True, False])
     ],
 )
@@ -399,7 +399,7 @@ def test_the_program_does_not_grow_with_the_steps():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ["dense", "conv_1d"])
+@pytest.mark.parametrize("name", ["dense", pytest.param("conv_1d", marks=pytest.mark.slow)])
 def test_no_equilibrium(name):
     x, _ = pair(CASES[name][2])
     cell = {

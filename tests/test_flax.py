@@ -166,7 +166,9 @@ def test_a_W_std_with_which_no_input_has_an_equilibrium_is_refused(caplog):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("parameterization", ["ntk", "standard"])
+@pytest.mark.parametrize(
+    "parameterization", [pytest.param("ntk", marks=pytest.mark.slow), "standard"]
+)
 def test_parameters_go_to_stax_and_back(x64, parameterization):
     same = {"parameterization": parameterization}
     rngs, x, image = nnx.Rngs(0), inputs(), random.normal(random.key(1), (2, 4, 5, 3))

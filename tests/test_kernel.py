@@ -59,9 +59,9 @@ SETTINGS = {
 # The same formulas as relu, sin and tanh, and compiling them takes long.
 ALIKE = ("leaky_relu", "cos", "sigmoid", "softplus", "silu")
 EVERY = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in SETTINGS]
-# Derivatives take longest to compile: of each kind of solver one.
+# Derivatives take longest to compile: by Chebyshev and by Newton one each.
 DIFFERENTIATED = [
-    name if name in ("relu", "tanh") else pytest.param(name, marks=pytest.mark.slow)
+    name if name in ("relu", "erf") else pytest.param(name, marks=pytest.mark.slow)
     for name in SETTINGS
 ]
 
@@ -282,7 +282,8 @@ def test_gradients_at_duplicates_are_finite(dtype):
     assert np.isfinite(gradient(x)).all()
 
 
-@pytest.mark.parametrize("activation", ["relu", pytest.param("erf", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["relu", "erf"])
 def test_derivatives_in_float32(x64, activation):
     x = inputs(4, 3)
     x = jnp.concatenate([x, x[:1], -x[:1]])

@@ -43,6 +43,9 @@ def test_the_table(dtype, setting):
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"], indirect=True
+)
 def test_every_form_of_get_and_of_x2_agrees(dtype):
     _, _, kernel_fn = network(activation="gelu")
     x1, x2 = inputs(), inputs(3, seed=1)
@@ -165,6 +168,9 @@ def test_a_stack_is_what_its_parts_say(x64):
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"], indirect=True
+)
 def test_batching(dtype):
     _, _, kernel_fn = network()
     x1, x2 = inputs(6), inputs(4, seed=1)
@@ -251,6 +257,7 @@ def test_the_finite_network_is_at_its_equilibrium(dtype):
     assert (residual < 32 * jnp.finfo(dtype).eps * 1.13 * jnp.linalg.norm(z, axis=1)).all()
 
 
+@pytest.mark.slow
 def test_hyperparameters_may_be_traced(x64):
     x = inputs(3, 4)
     params = stax.DEQ(30, 0.5)[0](random.key(0), x.shape)[1]
