@@ -4,7 +4,7 @@ from nt_deq import _compat
 
 _compat.install()  # makes neural-tangents importable, so it comes before everything that needs it
 
-from nt_deq import flax, iterations, large, stax, theory  # noqa: E402
+from nt_deq import flax, gp, iterations, large, stax, theory  # noqa: E402
 from nt_deq.activations import Activation, activations  # noqa: E402
 from nt_deq.adjoints import Implicit, Phantom, Unrolled  # noqa: E402
 from nt_deq.equilibrium import (  # noqa: E402
@@ -43,6 +43,7 @@ __all__ = [
     "equilibrium",
     "find_equilibrium",
     "flax",
+    "gp",
     "iterations",
     "jacobian_regularization",
     "large",

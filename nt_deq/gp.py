@@ -1,0 +1,397 @@
+"""Gaussian processes whose covariance is the kernel of an infinitely wide network.
+
+    y = f(x) + ε,     f ~ GP(0, K),     ε ~ N(0, noise),
+
+with any stax kernel for `K`: the NNGP kernel, of which this is the network with random weights, or
+the NTK. Everything is exact, by one Cholesky factor of `K + noise`, after Rasmussen & Williams
+2006, "Gaussian Processes for Machine Learning" (GPML), and differentiable: through the equilibrium
+of an infinitely deep network implicitly.
+
+All is computed in float64 where JAX's x64 mode is on, and in float32 where it is not. Nothing but
+`noise` is added to the diagonal: where `K + noise` is not positive definite to rounding you get an
+error that says so, or NaN inside `jax.jit`. What is enough is about `ε n` times the mean of the
+diagonal, with `ε` of 1e-7 in float32 and 2e-16 in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.scipy.linalg import cho_solve, solve_triangular
+from scipy import optimize
+
+from nt_deq import _checks
+from nt_deq.activations import Activation, get_activation
+from nt_deq.large import NotPositiveDefiniteError
+
+Get = Literal["nngp", "ntk"]
+Loss = Literal["marginal_likelihood", "leave_one_out"]
+KernelFn = Callable[..., Any]
+
+_SPREAD = 2.0  # standard deviation of the starts around the first: a factor of 7, up and down
+_GRADIENT = 1e-3  # of the loss, in nats, at which a search has ended
+_FLAT = 1e-3  # curvature, in nats, below which the data do not determine a parameter
+
+
+class Prediction(NamedTuple):
+    """Normal distributions.
+
+    Attributes:
+      mean: `(m,)` or `(m, C)`, like the targets.
+      variance: `(m,)`, of every output.
+    """
+
+    mean: Array
+    variance: Array
+
+
+class Fit(NamedTuple):
+    """Where a search for hyper-parameters ended.
+
+    Attributes:
+      parameters: the best that were found, `'noise'` among them.
+      loss: minus the log marginal likelihood, or the leave-one-out loss, there.
+      hessian: `(p, p)`, of the loss there, by central differences of its gradient in the
+        unconstrained coordinates: for a parameter above `lower` the logarithm of `value - lower`,
+        between two bounds the logit.
+      standard_errors: of the parameters in these coordinates, by the inverse of `hessian`. About 30
+        (1/√0.001) is the most: the data do not determine the parameter, which may have gone towards
+        one of its bounds.
+      distance: of the end from the bottom of the parabola that gradient and Hessian give, in
+        standard errors: `√(gᵀ H⁻¹ g)`.
+      converged: whether this is a minimum: no direction goes down and `distance < 0.1`.
+      steps: of BFGS, from all starts.
+      losses: at the end of every start, the user's first; infinite where there is none.
+    """
+
+    parameters: dict[str, float]
+    loss: float
+    hessian: np.ndarray
+    standard_errors: dict[str, float]
+    distance: float
+    converged: bool
+    steps: int
+    losses: np.ndarray
+
+
+def log_marginal_likelihood(
+    kernel_fn: KernelFn, x: Any, y: Any, noise: float | Array, get: Get = "nngp"
+) -> Array:
+    """Computes `log N(y | 0, K + noise)`, in nats, summed over outputs (GPML eq. 2.30).
+
+    Args:
+      kernel_fn: any stax `kernel_fn(x1, x2, get)`, ours or not.
+      x: inputs, `(n, ...)`.
+      y: targets with mean zero, `(n,)` or `(n, C)`: the outputs are independent and share `K`.
+      noise: variance of the observation noise, `>= 0`; may be traced.
+      get: which kernel is the covariance, `'nngp'` or `'ntk'`.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      NotPositiveDefiniteError: `K + noise` is not, to rounding (inside `jax.jit`: NaN).
+      NoEquilibriumError, NotConvergedError: by `kernel_fn` (likewise).
+      ValueError: an argument cannot be right; the message says why.
+    """
+    _, y, factor = _factorise(kernel_fn, x, y, noise, get)
+    whitened = solve_triangular(factor, y, lower=True)
+    log_determinant = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+    n, outputs = y.shape
+    return -(jnp.sum(whitened**2) + outputs * (log_determinant + n * jnp.log(2 * jnp.pi))) / 2
+
+
+def leave_one_out(
+    kernel_fn: KernelFn, x: Any, y: Any, noise: float | Array, get: Get = "nngp"
+) -> Prediction:
+    """Predicts every `y_i` from all others, at the price of one fit (GPML eq. 5.12).
+
+    Arguments and errors are those of `log_marginal_likelihood`.
+
+    Returns:
+      Mean and variance of `y_i`, noise included, given the other targets.
+    """
+    shape = np.shape(y)
+    _, y, factor = _factorise(kernel_fn, x, y, noise, get)
+    inverse = cho_solve((factor, True), jnp.eye(len(y), dtype=y.dtype))
+    variance = 1 / jnp.diagonal(inverse)
+    mean = y - variance[:, None] * jnp.matmul(inverse, y, precision="highest")
+    return Prediction(mean.reshape(shape), variance)
+
+
+def leave_one_out_loss(
+    kernel_fn: KernelFn, x: Any, y: Any, noise: float | Array, get: Get = "nngp"
+) -> Array:
+    """Computes `-Σᵢ log p(y_i | x, y_{-i})`, in nats, summed over outputs (GPML eq. 5.10, 5.11).
+
+    Against a wrong model it is the more robust criterion of the two (GPML sec. 5.4.2). Arguments
+    and errors are those of `log_marginal_likelihood`.
+    """
+    mean, variance = leave_one_out(kernel_fn, x, y, noise, get)
+    error = (jnp.asarray(y, mean.dtype) - mean).reshape(len(variance), -1)
+    return jnp.sum(error**2 / variance[:, None] + jnp.log(2 * jnp.pi * variance)[:, None]) / 2
+
+
+def posterior(
+    kernel_fn: KernelFn,
+    x: Any,
+    y: Any,
+    noise: float | Array,
+    x_test: Any,
+    get: Get = "nngp",
+) -> Prediction:
+    """Predicts `f` at other inputs (GPML eq. 2.25, 2.26).
+
+    For many inputs there is `nt_deq.KernelRegression`, which does not hold `K` on a device. Errors
+    are those of `log_marginal_likelihood`.
+
+    Args:
+      kernel_fn: any stax `kernel_fn(x1, x2, get)`.
+      x: inputs, `(n, ...)`.
+      y: targets with mean zero, `(n,)` or `(n, C)`.
+      noise: variance of the observation noise, `>= 0`; may be traced.
+      x_test: other inputs, `(m, ...)`.
+      get: which kernel is the covariance, `'nngp'` or `'ntk'`.
+
+    Returns:
+      Mean and variance of `f`: add `noise` to the variance for that of a new observation.
+    """
+    shape = np.shape(y)[1:]
+    x, y, factor = _factorise(kernel_fn, x, y, noise, get)
+    x_test = jnp.asarray(x_test, x.dtype)
+    if x_test.shape[1:] != x.shape[1:]:
+        raise ValueError(f"x_test has inputs of shape {x_test.shape[1:]}, and x {x.shape[1:]}.")
+    whitened = solve_triangular(factor, _matrix(kernel_fn, x, x_test, get), lower=True)
+    mean = jnp.matmul(whitened.T, solve_triangular(factor, y, lower=True), precision="highest")
+    prior = jax.vmap(lambda x: kernel_fn(x[None], None, get)[0, 0])(x_test)
+    variance = prior - jnp.sum(whitened**2, axis=0)
+    return Prediction(mean.reshape(len(x_test), *shape), jnp.maximum(variance, 0))
+
+
+def largest_W_std(activation: str | Activation | Callable[[Array], Array] = "relu") -> float:
+    """Returns the `W_std` below which a deep equilibrium model has a kernel, whatever the inputs.
+
+    From `W_std² E[φ'(z*)²] < 1`: for a homogeneous `φ` that is one number (relu: √2), and equality
+    the end. For others it is implied by `W_std · Lip(φ) < 1`, and inputs may have a kernel beyond.
+
+    Args:
+      activation: `φ`: a name from `nt_deq.activations`, a smooth elementwise function, or an
+        `nt_deq.Activation`.
+    """
+    phi = get_activation(activation)
+    if phi.homogeneous:
+        return float(phi.dual_diagonal(jnp.ones(()))[1]) ** -0.5
+    return 1 / phi.lipschitz
+
+
+def fit(
+    make_kernel: Callable[[dict[str, Any]], KernelFn],
+    x: Any,
+    y: Any,
+    start: Mapping[str, float],
+    *,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    get: Get = "nngp",
+    loss: Loss = "marginal_likelihood",
+    restarts: int = 3,
+    seed: int = 0,
+    max_steps: int = 200,
+) -> Fit:
+    """Finds the hyper-parameters of a kernel, and the noise, that explain the data best.
+
+    BFGS (SciPy's) in unconstrained coordinates, from `start` and from `restarts` random places
+    around it. Loss and gradient are one program, compiled once for a `make_kernel` and a shape of
+    the data: pass the same function again to use it again. A place without an equilibrium, or where
+    `K + noise` is not positive definite, is none that a step goes to.
+
+        def make_kernel(p):
+            return stax.serial(stax.DEQ(1, p["W_std"], b_std=p["b_std"]), stax.Dense(1))[2]
+
+        start = {"W_std": 0.8, "b_std": 0.3, "noise": 0.1}
+        found = gp.fit(make_kernel, x, y, start, bounds={"W_std": (0, gp.largest_W_std("relu"))})
+
+    Args:
+      make_kernel: makes a stax `kernel_fn` of hyper-parameters, which are traced.
+      x: inputs, `(n, ...)`.
+      y: targets with mean zero, `(n,)` or `(n, C)`.
+      start: hyper-parameters to begin with; `'noise'` is the variance of the observation noise.
+      bounds: open intervals that they stay in, `(lower, upper)`, `upper` possibly infinite; where
+        there is none, the positive numbers.
+      get: which kernel is the covariance, `'nngp'` or `'ntk'`.
+      loss: what is minimised: `'marginal_likelihood'` (minus its logarithm), or `'leave_one_out'`.
+      restarts: further starts, at least 0. A likelihood may have several maxima.
+      seed: of the starts.
+      max_steps: of BFGS, from each start, at least 1.
+
+    Returns:
+      A `Fit`; look at its `converged`.
+
+    Raises:
+      NotPositiveDefiniteError, NoEquilibriumError, NotConvergedError: at `start`, and no other
+        start fares better.
+      ValueError: an argument cannot be right; the message says why.
+    """
+    if loss not in _LOSSES:
+        raise ValueError(f"loss={loss!r} has to be one of {', '.join(map(repr, _LOSSES))}.")
+    if restarts < 0:
+        raise ValueError(f"restarts={restarts} has to be at least 0.")
+    _checks.width("max_steps", max_steps)
+    intervals = _intervals(start, bounds or {})
+    x, y = _data(x, y)
+    first = np.array([_unconstrain(start[name], *interval) for name, *interval in intervals])
+    jumps = np.random.default_rng(seed).normal(size=(restarts, len(first)))
+    places = np.concatenate([first[None], first + _SPREAD * jumps])
+
+    def evaluate(u):
+        """Loss and gradient for one number of `y`, which are of the order of 1; or infinity."""
+        found = _evaluate(make_kernel, intervals, get, loss, jnp.asarray(u, x.dtype), x, y)
+        value, gradient = (np.asarray(a, np.float64) / y.size for a in found)
+        finite = np.isfinite(value) and np.isfinite(gradient).all()
+        return (float(value), gradient) if finite else (np.inf, np.zeros_like(gradient))
+
+    options = {"maxiter": max_steps, "gtol": _GRADIENT / y.size}
+    ends = [
+        optimize.minimize(evaluate, place, jac=True, method="BFGS", options=options)
+        for place in places
+    ]
+    losses = y.size * np.array([end.fun for end in ends])
+    best = ends[int(losses.argmin())]
+    if not np.isfinite(best.fun):
+        _LOSSES[loss](make_kernel(dict(start)), x, y, start["noise"], get)  # says what is wrong
+        raise ValueError(f"loss or gradient is not finite at start={dict(start)}.")
+    found = {name: float(v) for name, v in _parameters(intervals, best.x).items()}
+    resolution = float(jnp.finfo(x.dtype).eps)
+    return Fit(
+        found,
+        float(losses.min()),
+        *_curvature(evaluate, best, y.size, tuple(found), resolution),
+        steps=sum(end.nit for end in ends),
+        losses=losses,
+    )
+
+
+_LOSSES: dict[str, Callable[..., Array]] = {
+    "marginal_likelihood": lambda *args: -log_marginal_likelihood(*args),
+    "leave_one_out": leave_one_out_loss,
+}
+
+_Interval = tuple[str, float, float]  # name, lower, upper
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _evaluate(make_kernel, intervals, get, loss, u, x, y):
+    """The loss, and its gradient in the unconstrained coordinates `u (p,)`."""
+
+    def objective(u):
+        p = _parameters(intervals, u)
+        return _LOSSES[loss](make_kernel(p), x, y, p["noise"], get)
+
+    return jax.value_and_grad(objective)(u)
+
+
+def _curvature(evaluate, end, size, names, resolution):
+    """`hessian`, `standard_errors`, `distance` and `converged` of a `Fit`."""
+    step = (1e4 * resolution) ** (1 / 3)  # where truncation is as small as rounding
+    sides = [[evaluate(end.x + sign * e)[1] for sign in (1, -1)] for e in step * np.eye(len(end.x))]
+    hessian = np.array([(above - below) / (2 * step) for above, below in sides])
+    hessian = size * (hessian + hessian.T) / 2
+    curvatures, directions = np.linalg.eigh(hessian)
+    flat = max(_FLAT, resolution**0.5 * curvatures[-1])
+    stiffness = np.maximum(curvatures, flat)
+    distance = float(np.sqrt(np.sum((directions.T @ (size * end.jac)) ** 2 / stiffness)))
+    errors = np.sqrt(directions**2 @ (1 / stiffness))
+    converged = bool(curvatures[0] > -flat and distance < 0.1)
+    return hessian, dict(zip(names, errors.tolist(), strict=True)), distance, converged
+
+
+def _parameters(intervals: tuple[_Interval, ...], u: Array) -> dict[str, Array]:
+    return {name: _constrain(v, *of) for v, (name, *of) in zip(u, intervals, strict=True)}
+
+
+def _constrain(u: Array, lower: float, upper: float) -> Array:
+    if np.isinf(upper):
+        return lower + jnp.exp(u)
+    return lower + (upper - lower) * jax.nn.sigmoid(u)
+
+
+def _unconstrain(value: float, lower: float, upper: float) -> float:
+    if np.isinf(upper):
+        return float(np.log(value - lower))
+    return float(np.log(value - lower) - np.log(upper - value))
+
+
+def _intervals(
+    start: Mapping[str, float], bounds: Mapping[str, tuple[float, float]]
+) -> tuple[_Interval, ...]:
+    if "noise" not in start:
+        raise ValueError(
+            f"start={dict(start)} has no 'noise': add the variance of the noise to begin with."
+        )
+    if unknown := sorted(set(bounds) - set(start)):
+        raise ValueError(
+            f"bounds are given for {unknown}, which start={dict(start)} does not have."
+        )
+    intervals = []
+    for name, value in start.items():
+        lower, upper = map(float, bounds.get(name, (0.0, np.inf)))
+        if not (np.isfinite(lower) and lower < value < upper and np.isfinite(value)):
+            raise ValueError(
+                f"start[{name!r}]={value} has to be inside of its bounds ({lower}, {upper}), of "
+                "which the lower is finite; for a parameter that is 0, leave it out."
+            )
+        intervals.append((name, lower, upper))
+    return tuple(intervals)
+
+
+def _data(x: Any, y: Any) -> tuple[Array, Array]:
+    """`x (n, ...)` and `y (n, C)` in the dtype of everything."""
+    x, y = jnp.asarray(x, float), jnp.asarray(y, float)
+    if x.ndim < 2 or 0 in x.shape:
+        raise ValueError(f"x has shape {x.shape}; pass inputs of shape (n, ...), n >= 1.")
+    if y.ndim not in (1, 2) or len(y) != len(x):
+        raise ValueError(
+            f"y has shape {y.shape}: {len(x)} inputs need targets ({len(x)},) or ({len(x)}, C)."
+        )
+    for name, values in (("x", x), ("y", y)):
+        if not _checks.is_traced(values) and not jnp.isfinite(values).all():
+            raise ValueError(f"{name} has NaN or infinite values; drop or impute them.")
+    return x, y.reshape(len(y), -1)
+
+
+def _matrix(kernel_fn: KernelFn, x1: Array, x2: Array | None, get: str) -> Array:
+    with jax.default_matmul_precision("highest"):
+        kernel = kernel_fn(x1, x2, get)
+    shape = (len(x1), len(x1 if x2 is None else x2))
+    if kernel.shape != shape:
+        raise ValueError(
+            f"kernel_fn gives an array of shape {kernel.shape}, and a covariance has {shape}: end "
+            "the network in a readout, such as stax.Dense(1)."
+        )
+    return kernel
+
+
+def _factorise(kernel_fn, x, y, noise, get) -> tuple[Array, Array, Array]:
+    """The data, and the Cholesky factor of `K + noise`."""
+    if get not in ("nngp", "ntk"):
+        raise ValueError(f"get={get!r} has to be 'nngp' or 'ntk'.")
+    if np.ndim(noise) or not (_checks.is_traced(noise) or 0 <= noise < np.inf):
+        raise ValueError(f"noise={noise} has to be a variance: one finite number of at least 0.")
+    x, y = _data(x, y)
+    kernel = _matrix(kernel_fn, x, None, get)
+    factor = jnp.linalg.cholesky(kernel + noise * jnp.eye(len(x), dtype=x.dtype))
+    if not _checks.is_traced(factor) and not jnp.isfinite(factor).all():
+        if not jnp.isfinite(kernel).all():
+            raise ValueError(f"kernel_fn(x, None, {get!r}) is NaN or infinite: look at it there.")
+        unit = float(jnp.finfo(x.dtype).eps) * float(jnp.trace(kernel))
+        raise NotPositiveDefiniteError(
+            f"K + noise is not positive definite to rounding in {x.dtype} with noise={noise}; take "
+            f"a noise of more than about {unit:.1g}, drop inputs that are there twice, or compute "
+            "in float64: jax.config.update('jax_enable_x64', True)."
+        )
+    return x, y, factor

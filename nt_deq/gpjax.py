@@ -1,0 +1,67 @@
+"""The kernel of an infinitely wide network as a kernel of GPJax (`pip install nt-deq[gpjax]`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import lineax
+from gpjax.kernels import AbstractKernel  # pyright: ignore
+from gpjax.kernels.computations import AbstractKernelComputation  # pyright: ignore
+from gpjax.parameters import val  # pyright: ignore
+from jax import Array
+
+
+class _Matrices(AbstractKernelComputation):
+    """Computes matrices at once, not pair by pair, and exactly where an input meets itself."""
+
+    def _gram(self, kernel, x):
+        return kernel.matrix(x, None)
+
+    def _cross_covariance(self, kernel, x, y):
+        return kernel.matrix(x, y)
+
+    def _diagonal(self, kernel, inputs):
+        variances = jax.vmap(lambda x: kernel.matrix(x[None], None)[0, 0])(inputs)
+        operator = lineax.DiagonalLinearOperator(variances)
+        return lineax.TaggedLinearOperator(operator, lineax.positive_semidefinite_tag)
+
+
+class StaxKernel(AbstractKernel):
+    """Any stax kernel, ours or not, with hyper-parameters that `gpjax.fit` trains.
+
+        from gpjax.parameters import PositiveReal, SigmoidBounded
+
+        W_std = SigmoidBounded(0.8, high=nt_deq.gp.largest_W_std("relu"))
+        kernel = StaxKernel(make_kernel, {"W_std": W_std, "b_std": PositiveReal(0.3)})
+        prior = gpjax.gps.Prior(kernel, gpjax.mean_functions.Zero())
+
+    Attributes:
+      make_kernel: makes a stax `kernel_fn` of hyper-parameters, as for `nt_deq.gp.fit`.
+      parameters: the hyper-parameters: GPJax's, which keep them where they belong, or numbers.
+      get: `'nngp'` or `'ntk'`.
+    """
+
+    make_kernel: Callable[[Any], Callable[..., Any]] = eqx.field(static=True)
+    parameters: dict[str, Any]
+    get: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        make_kernel: Callable[[Any], Callable[..., Any]],
+        parameters: Mapping[str, Any],
+        get: str = "nngp",
+    ):
+        self.make_kernel, self.parameters, self.get = make_kernel, dict(parameters), get
+        super().__init__(compute_engine=_Matrices())
+
+    def __call__(self, x: Array, y: Array) -> Array:
+        """The kernel of two inputs `(d,)`."""
+        return self.matrix(x[None], y[None])[0, 0]
+
+    def matrix(self, x1: Array, x2: Array | None) -> Array:
+        """The kernel of inputs `(n, d)` and `(m, d)`, or of `x1` with itself."""
+        parameters = {name: val(p) for name, p in self.parameters.items()}
+        return self.make_kernel(parameters)(x1, x2, self.get)
