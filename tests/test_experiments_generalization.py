@@ -65,6 +65,7 @@ def test_targets_are_those_of_the_labels():
     np.testing.assert_array_equal(found.targets.argmax(-1), found.labels)
 
 
+@pytest.mark.slow
 def test_a_tiled_kernel_is_the_kernel(monkeypatch, x64):
     monkeypatch.setattr(kernel_regression, "TILE", 7)
     x = np.random.default_rng(0).standard_normal((16, 5))

@@ -52,7 +52,7 @@ def cases(stax):
 
 
 CASES, ORIGINAL = cases(stax), cases(nt.stax)
-QUICK = ("two_hidden", "layer_norm", "branches", "conv")
+QUICK = ("layer_norm", "branches", "conv")
 DENSE = stax.Dense(WIDTH)
 
 

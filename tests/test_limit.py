@@ -61,6 +61,7 @@ def slopes(activation, widths, seeds):
     return distance, np.polyfit(np.log(widths), np.log(distance), 1)[0]
 
 
+@pytest.mark.slow
 def test_the_kernels_of_small_networks_approach_the_limit():
     distance, slope = slopes("relu", [32, 128, 512], 12)
     assert (np.abs(slope + 0.5) < 0.2).all(), (distance, slope)

@@ -151,6 +151,7 @@ def test_on_images_every_pixel_is_a_vector(x64):
     np.testing.assert_allclose(apply_fn(params, x), flat.reshape(2, 3, 2, 16), atol=1e-13)
 
 
+@pytest.mark.slow
 def test_a_stack_is_what_its_parts_say(x64):
     """The NTK of a DEQ on top of a layer: Θ* = (W² V + Θ_inject) / (1 - J), unrolled."""
     x = inputs()
@@ -183,6 +184,7 @@ def test_batching(dtype):
             )
 
 
+@pytest.mark.slow
 def test_prediction_ensembles(x64):
     """Gradient descent to t = ∞ interpolates, and a short time is the linearised flow."""
     x, x_test = inputs(8), inputs(3, seed=1)
@@ -202,7 +204,7 @@ def test_prediction_ensembles(x64):
     )
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", [pytest.param("relu", marks=pytest.mark.slow), "gelu"])
 def test_finite_networks_converge_to_the_kernels(activation):
     """Both kernels of tied-weight networks, within the spread of their seeds."""
     x, width = inputs(3, 4), 400
