@@ -141,6 +141,7 @@ class Recomputed:
         p = layout.replicate(p)
         for round_, tile in self.tiles():
             y = layout.add_product(y, tile, round_.rows, round_.columns, round_.weights, p)
+            y.block_until_ready()  # else tiles pile up in memory, faster than they are multiplied
         return layout.sum(y)
 
 
