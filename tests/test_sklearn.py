@@ -1,0 +1,160 @@
+"""The estimators are scikit-learn's in every respect, and `nt_deq.gp`'s in what they compute."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import integrate, stats
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.metrics import log_loss
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from nt_deq import gp, stax
+from nt_deq.sklearn import DEQClassifier, DEQRegressor
+
+FIXED = [DEQRegressor(optimize=False), DEQClassifier(optimize=False)]
+STDS = {"W_std": 0.9, "U_std": 1.1, "b_std": 0.3, "V_std": 1.2}
+
+
+@parametrize_with_checks(FIXED, legacy=False)
+def test_interface(estimator, check):
+    """The part of scikit-learn's checks that it calls the interface."""
+    check(estimator)
+
+
+@pytest.mark.slow  # hundreds of fits, to data of many shapes
+@pytest.mark.filterwarnings("ignore")
+@parametrize_with_checks([*FIXED, DEQRegressor(), DEQClassifier(kernel="ntk")])
+def test_all_checks(estimator, check):
+    check(estimator)
+
+
+def data(n=40, d=3, outputs=None, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d))
+    y = np.sin(x[:, 0]) + 0.5 * x[:, 1] + 0.1 * rng.normal(size=n)
+    return x, 5 + 3 * (y if outputs is None else np.stack([y, x[:, 2] ** 2], axis=1))
+
+
+def kernel_fn(p):
+    layer = stax.DEQ(1, p["W_std"], p["U_std"], p["b_std"])
+    return stax.serial(layer, stax.Dense(1, p["V_std"]))[2]
+
+
+@pytest.mark.parametrize("kernel", ["nngp", pytest.param("ntk", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("outputs", [pytest.param(None, marks=pytest.mark.slow), 2])
+def test_a_regressor_is_the_process_on_scaled_targets(x64, kernel, outputs):
+    """Padding does not show."""
+    (x, y), x_test = data(outputs=outputs), data(7, seed=1)[0]
+    model = DEQRegressor(kernel, **STDS, noise=0.2, optimize=False).fit(x, y)
+    scaled, scale = (y - y.mean(0)) / y.std(0), y.std(0)
+    args = (kernel_fn(STDS), x, scaled, 0.2)
+    expected, variance = gp.posterior(*args, x_test, kernel)
+    mean, std = model.predict(x_test, return_std=True)
+    np.testing.assert_allclose(mean, y.mean(0) + scale * expected, rtol=1e-10)
+    np.testing.assert_allclose(std, np.multiply.outer(np.sqrt(variance), scale), rtol=1e-8)
+    likelihood = gp.log_marginal_likelihood(*args, kernel)
+    np.testing.assert_allclose(model.log_marginal_likelihood_, likelihood, rtol=1e-10)
+
+
+def test_hyperparameters_are_those_of_the_largest_likelihood():
+    x, y = data()
+    model = DEQRegressor(random_state=0).fit(x, y)
+    assert model.optimum_.converged
+    assert model.hyperparameters_["V_std"] == 1.0  # one with U_std and b_std
+    assert model.score(x, y) > 0.95
+    for name in ("U_std", "noise"):
+        for factor in (0.8, 1.2):
+            changed = {**model.hyperparameters_, name: factor * model.hyperparameters_[name]}
+            other = DEQRegressor(**changed, optimize=False).fit(x, y)
+            assert other.log_marginal_likelihood_ < model.log_marginal_likelihood_ + 1e-3
+    without = DEQRegressor(b_std=0.0).fit(x, y)
+    assert without.hyperparameters_["b_std"] == 0
+
+
+def test_tools_of_scikit_learn():
+    x, y = data()
+    pipeline = make_pipeline(StandardScaler(), DEQRegressor(optimize=False, noise=0.01))
+    assert cross_val_score(pipeline, x, y, cv=3).mean() > 0.8
+    grid = {"deqregressor__kernel": ["nngp", "ntk"], "deqregressor__noise": [0.01, 100.0]}
+    search = GridSearchCV(pipeline, grid, cv=3).fit(x, y)
+    assert search.best_params_["deqregressor__noise"] == 0.01
+    np.testing.assert_array_equal(
+        clone(search.best_estimator_).fit(x, y).predict(x), search.predict(x)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["nngp", "ntk"])
+def test_many_inputs_are_those_of_kernel_regression(x64, kernel):
+    (x, y), x_test = data(100, outputs=2), data(7, seed=1)[0]
+    options = {**STDS, "kernel": kernel, "noise": 0.2, "optimize": False}
+    exact = DEQRegressor(**options).fit(x, y).predict(x_test, return_std=True)
+    model = DEQRegressor(**options, max_exact=30, random_state=0).fit(x, y)
+    for found in (model, pickle.loads(pickle.dumps(model))):
+        mean, std = found.predict(x_test, return_std=True)
+        np.testing.assert_allclose(mean, exact[0], rtol=1e-6)
+        np.testing.assert_allclose(std, exact[1], rtol=1e-5)
+    subset = DEQRegressor(**options).fit(x[:30], y[:30])
+    assert model.log_marginal_likelihood_ == pytest.approx(subset.log_marginal_likelihood_, rel=1)
+
+
+def test_probabilities_of_two_classes_are_the_expected_probit():
+    """`∫ Φ(α f + β) N(f | μ, σ²) df`, by quadrature."""
+    x, y = data()
+    labels = np.where(y > 5, "high", "low")
+    model = DEQClassifier(**STDS, noise=0.2, optimize=False).fit(x, labels)
+    assert list(model.classes_) == ["high", "low"]
+    mean, variance = model._predict_process(x[:4])
+    slope, shift = model.calibration_
+    for i, probability in enumerate(model.predict_proba(x[:4])):
+        f = stats.norm(mean[i, 0], np.sqrt(variance[i]))
+        expected, _ = integrate.quad(
+            lambda z, f=f: stats.norm.cdf(slope * z + shift) * f.pdf(z),
+            f.mean() - 10 * f.std(),
+            f.mean() + 10 * f.std(),
+        )
+        np.testing.assert_allclose(probability, [1 - expected, expected], atol=1e-8)
+    assert model.score(x, labels) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_exact", [1000, 100])
+def test_probabilities_of_digits_are_calibrated(max_exact):
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))[:500]
+    x, y = x[order] / 16, y[order]
+    model = DEQClassifier(max_exact=max_exact, random_state=0).fit(x[:250], y[:250])
+    probabilities, labels = model.predict_proba(x[250:]), model.predict(x[250:])
+    accuracy = (labels == y[250:]).mean()
+    assert accuracy > 0.9
+    assert log_loss(y[250:], probabilities) < 0.5
+    assert probabilities.max(axis=1).mean() == pytest.approx(accuracy, abs=0.1)
+
+
+def test_one_class_and_bad_arguments_are_refused():
+    x, y = data()
+    with pytest.raises(ValueError, match="one class"):
+        DEQClassifier().fit(x, np.zeros(len(x)))
+    with pytest.raises(ValueError, match="W_std=-1"):
+        DEQRegressor(W_std=-1).fit(x, y)
+    with pytest.raises(ValueError, match="max_exact=0"):
+        DEQRegressor(max_exact=0).fit(x, y)
+    with pytest.raises(ValueError, match="get='rbf'"):
+        DEQRegressor("rbf").fit(x, y)
+    with pytest.raises(ValueError, match="noise=-1"):
+        DEQRegressor(noise=-1, optimize=False).fit(x, y)
+    twice = np.tile(x[:5], (2, 1))
+    with pytest.raises(RuntimeError, match="not positive definite"):
+        DEQRegressor(noise=0.0, optimize=False).fit(twice, np.arange(10.0))
+
+
+def test_the_package_does_not_import_scikit_learn():
+    code = "import nt_deq, sys; sys.exit('sklearn' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
