@@ -49,6 +49,37 @@ def inputs(name: str, x) -> Array:
     return x
 
 
+def examples(name: str, x) -> None:
+    """Raises unless `x` has shape `(n, ...)` with `n >= 1` and is finite (if it is not traced)."""
+    if np.ndim(x) < 2 or 0 in np.shape(x):
+        raise ValueError(f"{name} has shape {np.shape(x)}; pass inputs of shape (n, ...), n >= 1.")
+    if not is_traced(x):
+        bad = np.flatnonzero(~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(axis=1))
+        if bad.size:
+            raise ValueError(
+                f"{name} has NaN or infinite values in {bad.size} of {len(x)} inputs (first: "
+                f"{bad[0]}); drop or impute them."
+            )
+
+
+def targets(name: str, y, n: int) -> None:
+    """Raises unless `y` has shape `(n,)` or `(n, C)` and, as real numbers, is finite."""
+    if np.ndim(y) not in (1, 2) or len(y) != n:
+        raise ValueError(
+            f"{name} has shape {np.shape(y)}: {n} inputs need targets ({n},) or ({n}, C)."
+        )
+    if is_traced(y) or not jnp.issubdtype(y.dtype, jnp.floating):
+        return
+    if not np.isfinite(np.asarray(y)).all():
+        raise ValueError(f"{name} has NaN or infinite values; drop or impute them.")
+
+
+def kernel_name(get) -> None:
+    """Raises unless `get` names one kernel."""
+    if get not in ("nngp", "ntk"):
+        raise ValueError(f"get={get!r} has to be 'nngp' or 'ntk'.")
+
+
 def width(name: str, value) -> None:
     """Raises unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:

@@ -28,9 +28,8 @@ from scipy import optimize
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
-from nt_deq.large import NotPositiveDefiniteError
+from nt_deq.kernel import Get, NotPositiveDefiniteError
 
-Get = Literal["nngp", "ntk"]
 Loss = Literal["marginal_likelihood", "leave_one_out"]
 KernelFn = Callable[..., Any]
 
@@ -169,9 +168,13 @@ def posterior(
         raise ValueError(f"x_test has inputs of shape {x_test.shape[1:]}, and x {x.shape[1:]}.")
     whitened = solve_triangular(factor, _matrix(kernel_fn, x, x_test, get), lower=True)
     mean = jnp.matmul(whitened.T, solve_triangular(factor, y, lower=True), precision="highest")
-    prior = jax.vmap(lambda x: kernel_fn(x[None], None, get)[0, 0])(x_test)
-    variance = prior - jnp.sum(whitened**2, axis=0)
+    variance = variances(kernel_fn, x_test, get) - jnp.sum(whitened**2, axis=0)
     return Prediction(mean.reshape(len(x_test), *shape), jnp.maximum(variance, 0))
+
+
+def variances(kernel_fn: KernelFn, x: Array, get: Get = "nngp") -> Array:
+    """Returns the kernel of every input `(n, ...)` with itself, `(n,)`, and no other entry."""
+    return jax.vmap(lambda x: kernel_fn(x[None], None, get)[0, 0])(x)
 
 
 def largest_W_std(activation: str | Activation | Callable[[Array], Array] = "relu") -> float:
@@ -352,15 +355,8 @@ def _intervals(
 def _data(x: Any, y: Any) -> tuple[Array, Array]:
     """`x (n, ...)` and `y (n, C)` in the dtype of everything."""
     x, y = jnp.asarray(x, float), jnp.asarray(y, float)
-    if x.ndim < 2 or 0 in x.shape:
-        raise ValueError(f"x has shape {x.shape}; pass inputs of shape (n, ...), n >= 1.")
-    if y.ndim not in (1, 2) or len(y) != len(x):
-        raise ValueError(
-            f"y has shape {y.shape}: {len(x)} inputs need targets ({len(x)},) or ({len(x)}, C)."
-        )
-    for name, values in (("x", x), ("y", y)):
-        if not _checks.is_traced(values) and not jnp.isfinite(values).all():
-            raise ValueError(f"{name} has NaN or infinite values; drop or impute them.")
+    _checks.examples("x", x)
+    _checks.targets("y", y, len(x))
     return x, y.reshape(len(y), -1)
 
 
@@ -378,8 +374,7 @@ def _matrix(kernel_fn: KernelFn, x1: Array, x2: Array | None, get: str) -> Array
 
 def _factorise(kernel_fn, x, y, noise, get) -> tuple[Array, Array, Array]:
     """The data, and the Cholesky factor of `K + noise`."""
-    if get not in ("nngp", "ntk"):
-        raise ValueError(f"get={get!r} has to be 'nngp' or 'ntk'.")
+    _checks.kernel_name(get)
     if np.ndim(noise) or not (_checks.is_traced(noise) or 0 <= noise < np.inf):
         raise ValueError(f"noise={noise} has to be a variance: one finite number of at least 0.")
     x, y = _data(x, y)

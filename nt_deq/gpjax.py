@@ -1,4 +1,4 @@
-"""The kernel of an infinitely wide network as a kernel of GPJax (`pip install nt-deq[gpjax]`)."""
+"""The kernel of an infinitely wide network as a kernel of GPJax (`pip install gpjax`)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ from nt_deq.pointwise import (
 )
 from nt_deq.solvers import Chebyshev, Newton, Solver, rounding
 
+Get = Literal["nngp", "ntk"]  # which kernel
+
 
 class NoEquilibriumError(ValueError):
     """The network has no stable equilibrium: `W_std² E[φ'(z*)²] >= 1` for some input."""
@@ -41,6 +43,10 @@ class NoEquilibriumError(ValueError):
 
 class NotConvergedError(RuntimeError):
     """The equilibrium may exist, but `max_steps` steps of the solver did not reach it."""
+
+
+class NotPositiveDefiniteError(RuntimeError):
+    """The kernel matrix, with what is added to its diagonal, is not positive definite."""
 
 
 class KernelSolution(NamedTuple):

@@ -136,8 +136,8 @@ class _DEQ(BaseEstimator):
         def covariance(x1, x2, _):
             return kernel_fn(x1, x2, get)
 
-        variances = jax.vmap(lambda x: kernel_fn(x[None], None, get)[0, 0])
-        diag_reg = p["noise"] / float(variances(jnp.asarray(self.X_train_, float)).mean())
+        variances = gp.variances(kernel_fn, jnp.asarray(self.X_train_, float), get)
+        diag_reg = p["noise"] / float(variances.mean())
         regression = KernelRegression(covariance, "nngp", diag_reg, progress=False)
         return regression.fit(self.X_train_, self._targets)
 

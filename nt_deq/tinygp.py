@@ -1,4 +1,4 @@
-"""The kernel of an infinitely wide network as a kernel of tinygp (`pip install nt-deq[tinygp]`)."""
+"""The kernel of an infinitely wide network as a kernel of tinygp (`pip install tinygp`)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@
 of the kernel is linear in it.
 """
 
-from nt_deq.large.cg import NotPositiveDefiniteError, Solution
+from nt_deq.kernel import NotPositiveDefiniteError
+from nt_deq.large.cg import Solution
 from nt_deq.large.feature_regression import FeatureRegression, in_batches
 from nt_deq.large.features import (
     Features,

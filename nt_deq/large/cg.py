@@ -12,16 +12,12 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from nt_deq.kernel import NotConvergedError
+from nt_deq.kernel import NotConvergedError, NotPositiveDefiniteError
 from nt_deq.large.layout import in_float64
 
 _PATIENCE = 30  # steps without a new least residual
 _ACCURACY = 1e-3  # to which the recurrence of the residual can be trusted, in float32
 _MAX_STEPS = 1000
-
-
-class NotPositiveDefiniteError(RuntimeError):
-    """The kernel matrix, with what is added to its diagonal, is not positive definite."""
 
 
 class Solution(NamedTuple):

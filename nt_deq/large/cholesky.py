@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import get_lapack_funcs
 
-from nt_deq.large.cg import NotPositiveDefiniteError
+from nt_deq.kernel import NotPositiveDefiniteError
 from nt_deq.large.matrix import KernelTiles, watched
 
 

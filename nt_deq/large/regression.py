@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from nt_deq import _checks
+from nt_deq.kernel import Get
 from nt_deq.large import cg
 from nt_deq.large.cholesky import Cholesky
 from nt_deq.large.layout import Layout, in_float64, lost_process
@@ -24,7 +26,6 @@ from nt_deq.large.store import Store, describe
 _TEST = 1000  # inputs predicted at once
 _TEST_STD = 128  # likewise with variances, each of which is a right-hand side
 
-Get = Literal["nngp", "ntk"]
 Method = Literal["auto", "cholesky", "cg"]
 
 
@@ -204,14 +205,9 @@ class KernelRegression:
 
     def _check(self, x, y) -> tuple[np.ndarray, np.ndarray]:
         x, y = self._check_inputs("x", x), np.asarray(y)
-        if len(y) != len(x) or y.ndim not in (1, 2):
-            raise ValueError(
-                f"y has shape {y.shape}: {len(x)} inputs need targets ({len(x)},) or ({len(x)}, C)."
-            )
+        _checks.targets("y", y, len(x))
         self.classes_ = None
         if np.issubdtype(y.dtype, np.floating):
-            if not np.isfinite(y).all():
-                raise ValueError("y has NaN or infinite values; drop or impute them.")
             self._flat = y.ndim == 1
             return x, y.reshape(len(y), -1).astype(np.float64)
         if y.ndim != 1:
@@ -222,16 +218,9 @@ class KernelRegression:
 
     def _check_inputs(self, name, x) -> np.ndarray:
         x = np.asarray(x)
-        if x.ndim < 2 or 0 in x.shape:
-            raise ValueError(f"{name} has shape {x.shape}; pass inputs of shape (n, ...), n >= 1.")
         is_double = x.dtype == np.float64 and jnp.zeros(()).dtype == np.float64
         x = x.astype(np.float64 if is_double else np.float32, copy=False)
-        bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))
-        if bad.size:
-            raise ValueError(
-                f"{name} has NaN or infinite values in {bad.size} of {len(x)} inputs (first: "
-                f"{bad[0]}); drop or impute them."
-            )
+        _checks.examples(name, x)
         return x
 
     def _prepare(self, compute: KernelTiles, diagonal: np.ndarray, store: Store | None) -> None:

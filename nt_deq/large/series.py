@@ -111,8 +111,7 @@ def deq_series(
         _checks.standard_deviation(name, std)
     if not (np.isfinite(mean_square) and mean_square > 0):
         raise ValueError(f"mean_square={mean_square} has to be ‖x‖²/d, finite and above 0.")
-    if get not in ("nngp", "ntk"):
-        raise ValueError(f"get={get!r} has to be 'nngp' or 'ntk'.")
+    _checks.kernel_name(get)
     phi = get_activation(activation)
     if not phi.homogeneous:
         raise ValueError(
