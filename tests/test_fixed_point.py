@@ -8,6 +8,7 @@ import neural_tangents as nt
 import numpy as np
 import pytest
 from jax import lax, random
+from marks import slow_except
 
 from nt_deq import Anderson, Newton, NoEquilibriumError, NotConvergedError, Picard, stax
 from nt_deq.fixed_point import solve_fixed_point, unreversed
@@ -80,7 +81,7 @@ def unrolled(cell, inject, x1, x2, layers=300):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+    slow_except(QUICK, CASES),
 )
 def test_it_is_the_limit_of_explicit_layers(x64, name):
     cell, inject, shape = CASES[name]
@@ -165,14 +166,10 @@ def test_deq_is_a_special_case(x64):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "branches",
-        "dropout",
-        *(
-            pytest.param(n, marks=pytest.mark.slow)
-            for n in ("two_hidden", "conv", "layer_norm", "conv_pool", "attention")
-        ),
-    ],
+    slow_except(
+        ("branches", "dropout"),
+        ("two_hidden", "branches", "conv", "layer_norm", "dropout", "conv_pool", "attention"),
+    ),
 )
 def test_finite_networks_with_tied_weights_approach_it(name):
     """The covariance of z*, averaged over the channels of 20 networks of width 256."""
@@ -312,7 +309,7 @@ def test_masks(x64):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ["erf_dense", pytest.param("erf_conv", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_except(["erf_dense"], ["erf_dense", "erf_conv"]))
 def test_derivatives(x64, name):
     """Implicit, in the input and in a traced parameter of the cell, to second order."""
     x = random.normal(random.key(0), (2, 4) if name == "erf_dense" else (2, 3, 2))
@@ -355,7 +352,7 @@ def test_derivatives_where_an_input_meets_itself(dtype):
 @pytest.mark.parametrize(
     ("name", "diagonal_spatial"),
     [
-        case if case in (("erf", True),) else pytest.param(*case, marks=pytest.mark.slow)
+        case if case == ("erf", True) else pytest.param(*case, marks=pytest.mark.slow)
         for case in product(["relu", "leaky_relu", "abs", "erf", "gelu", "sin"], [True, False])
     ],
 )
@@ -399,7 +396,7 @@ def test_the_program_does_not_grow_with_the_steps():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ["dense", pytest.param("conv_1d", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_except(["dense"], ["dense", "conv_1d"]))
 def test_no_equilibrium(name):
     x, _ = pair(CASES[name][2])
     cell = {

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_except
 from neural_tangents import stax as nt_stax
 
 from nt_deq import (
@@ -58,12 +59,9 @@ SETTINGS = {
 }
 # The same formulas as relu, sin and tanh, and compiling them takes long.
 ALIKE = ("leaky_relu", "cos", "sigmoid", "softplus", "silu")
-EVERY = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in SETTINGS]
+EVERY = slow_except(set(SETTINGS) - set(ALIKE), SETTINGS)
 # Derivatives take longest to compile: by Chebyshev and by Newton one each.
-DIFFERENTIATED = [
-    name if name in ("relu", "erf") else pytest.param(name, marks=pytest.mark.slow)
-    for name in SETTINGS
-]
+DIFFERENTIATED = slow_except(("relu", "erf"), SETTINGS)
 
 
 def inputs(n=6, d=5, seed=0, dtype=None):
@@ -317,7 +315,7 @@ def test_an_entry_does_not_depend_on_the_others(x64):
     np.testing.assert_allclose(part.ntk, whole.ntk[:3, 2:5], rtol=1e-13)
 
 
-@pytest.mark.parametrize("activation", ["relu", pytest.param("erf", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("activation", slow_except(["relu"], ["relu", "erf"]))
 def test_tiles_join(x64, activation):
     """More entries than are solved at a time, in numbers that tiles do not divide."""
     x = inputs(300, 3)

@@ -51,7 +51,7 @@ def fit(data, **options):
     return KernelRegression(options.pop("kernel_fn", KERNEL_FN), **options).fit(*data[:2])
 
 
-@pytest.mark.parametrize(
+NETWORKS = pytest.mark.parametrize(
     ("kernel_fn", "get"),
     [
         pytest.param(KERNEL_FN, "ntk", marks=pytest.mark.smoke),
@@ -60,6 +60,9 @@ def fit(data, **options):
     ],
     ids=["explicit", "deq-ntk", "deq-nngp"],
 )
+
+
+@NETWORKS
 def test_it_is_the_prediction_of_neural_tangents(data, kernel_fn, get, x64):
     x, y, x_test = data
     predict_fn = nt.predict.gradient_descent_mse_ensemble(kernel_fn, x, y, diag_reg=1e-3)
@@ -77,10 +80,12 @@ def test_it_is_the_prediction_of_neural_tangents(data, kernel_fn, get, x64):
 
 
 @pytest.mark.slow
-def test_it_does_not_matter_where_the_kernel_is(data, x64, tmp_path):
-    exact = fit(data, method="cholesky").predict(data[2], return_std=True)
+@NETWORKS
+def test_it_does_not_matter_where_the_kernel_is(data, kernel_fn, get, x64, tmp_path):
+    network = {"kernel_fn": kernel_fn, "get": get}
+    exact = fit(data, method="cholesky", **network).predict(data[2], return_std=True)
     for where in ({"keep": "memory"}, {"keep": "nothing"}, {"store": tmp_path / "k"}):
-        found = fit(data, method="cg", rank=20, tol=1e-11, **where)
+        found = fit(data, method="cg", rank=20, tol=1e-11, **network, **where)
         mean, std = found.predict(data[2], return_std=True)
         np.testing.assert_allclose(mean, exact[0], rtol=1e-8, atol=1e-8)
         np.testing.assert_allclose(std, exact[1], rtol=1e-6, atol=1e-8)

@@ -11,6 +11,7 @@ import neural_tangents as nt
 import numpy as np
 import pytest
 import stax_layers
+from marks import slow_except
 from neural_tangents import stax
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("x64")]
@@ -195,10 +196,7 @@ QUICK = ("gelu", "residual", "layer_norm", "aggregate")
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name in stax_layers.networks(stax)
-    ],
+    slow_except(QUICK, stax_layers.networks(stax)),
 )
 def test_kernels_are_those_of_unpatched_neural_tangents(name):
     network, shape = stax_layers.networks(stax)[name]

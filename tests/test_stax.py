@@ -6,6 +6,7 @@ import neural_tangents as nt
 import numpy as np
 import pytest
 from jax import random
+from marks import slow_except
 
 import nt_deq
 from nt_deq import Newton, NoEquilibriumError, NotConvergedError, Picard, stax
@@ -19,6 +20,10 @@ READOUT = {
     ("gelu", 0.9, 1.0, 0.1): (0.1394898933, -0.0876655950),
     ("sin", 0.7, 1.0, None): (-0.1958808095, -0.5231168171),
 }
+
+FLOAT32_IS_SLOW = pytest.mark.parametrize(
+    "dtype", slow_except(["float64"], ["float32", "float64"]), indirect=True
+)
 
 
 def network(width=64, out=1, activation="relu", W_std=0.6, U_std=1.0, b_std=0.1, **kwargs):
@@ -43,9 +48,7 @@ def test_the_table(dtype, setting):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(
-    "dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"], indirect=True
-)
+@FLOAT32_IS_SLOW
 def test_every_form_of_get_and_of_x2_agrees(dtype):
     _, _, kernel_fn = network(activation="gelu")
     x1, x2 = inputs(), inputs(3, seed=1)
@@ -169,9 +172,7 @@ def test_a_stack_is_what_its_parts_say(x64):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(
-    "dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"], indirect=True
-)
+@FLOAT32_IS_SLOW
 def test_batching(dtype):
     _, _, kernel_fn = network()
     x1, x2 = inputs(6), inputs(4, seed=1)
@@ -204,7 +205,7 @@ def test_prediction_ensembles(x64):
     )
 
 
-@pytest.mark.parametrize("activation", [pytest.param("relu", marks=pytest.mark.slow), "gelu"])
+@pytest.mark.parametrize("activation", slow_except(["gelu"], ["relu", "gelu"]))
 def test_finite_networks_converge_to_the_kernels(activation):
     """Both kernels of tied-weight networks, within the spread of their seeds."""
     x, width = inputs(3, 4), 400
