@@ -1,7 +1,7 @@
 """What a regression on 10⁵ and 10⁶ inputs would take on TPUs: a projection, not a measurement.
 
-Flops and bytes of a tile, and of its product, are those that XLA counts in the programs compiled
-here; what devices send each other is what the compiled programs send (tests/test_large.py). Chips
+Flops and bytes of a tile are those that XLA counts in the program compiled here; what devices send
+each other is what the compiled programs send (tests/test_large.py); a product reads its tile. Chips
 are taken at their published figures, of which a real run reaches a part.
 
     python -m benchmarks.scale
@@ -23,6 +23,8 @@ from nt_deq.large.plan import bytes_per_step
 
 SIDE, FEATURES, OUTPUTS, RANK = 2048, 784, 16, 4000
 STEPS = 31  # that all of MNIST took, with as many landmarks
+TILE = 4.0 * SIDE**2  # bytes
+SPARE = 1e9  # bytes of a chip's memory for all else
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,21 @@ def project(chip: Chip, n: int, tile: dict[str, float]) -> dict[str, Any]:
     tiles = math.ceil(n / SIDE)
     share = tiles * (tiles + 1) / 2 / chip.count  # tiles of a chip
     rank_bytes = 4.0 * RANK * n / chip.count
-    kept = 4.0 * SIDE**2 * share + rank_bytes
-    in_memory = kept + 1e9 < chip.memory
-    memory = kept if in_memory else rank_bytes
-    matmul = 2.0 * SIDE**2 * FEATURES
-    build = share * max(6 * matmul / chip.flops, tile["bytes accessed"] / chip.bandwidth)
+    in_memory = share * TILE + rank_bytes + SPARE < chip.memory
+    memory = rank_bytes + in_memory * share * TILE
+    build = share * max(6 * tile["flops"] / chip.flops, tile["bytes accessed"] / chip.bandwidth)
     layout: Any = SimpleNamespace(devices=chip.count, rows=tiles * SIDE)
-    step = 2 * rank_bytes / chip.bandwidth + bytes_per_step(layout, OUTPUTS, RANK) / chip.links
-    step += share * 4.0 * SIDE**2 / chip.bandwidth if in_memory else build
+    sent = bytes_per_step(layout, OUTPUTS, RANK)
+    step = 2 * rank_bytes / chip.bandwidth + sent / chip.links
+    step += share * TILE / chip.bandwidth if in_memory else build
     landmarks = 6 * 4.0 * n * RANK**2 / chip.count / chip.flops
     return {
         "chips": chip.name,
         "n": n,
         "kernel": "in memory" if in_memory else "computed anew",
         "bytes a chip": memory,
-        "fits": memory + 1e9 < chip.memory,
-        "bytes sent a step": bytes_per_step(layout, OUTPUTS, RANK),
+        "fits": memory + SPARE < chip.memory,
+        "bytes sent a step": sent,
         "build seconds": build,
         "step seconds": step,
         "total seconds": (build if in_memory else 0.0) + landmarks + STEPS * step,
