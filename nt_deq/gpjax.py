@@ -1,4 +1,4 @@
-"""The kernel of an infinitely wide network as a kernel of GPJax (`pip install gpjax`)."""
+"""Kernels of infinitely wide networks as kernels of GPJax (`pip install "nt-deq[gpjax]"`)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import lineax
-from gpjax.kernels import AbstractKernel  # pyright: ignore
-from gpjax.kernels.computations import AbstractKernelComputation  # pyright: ignore
-from gpjax.parameters import val  # pyright: ignore
-from jax import Array
+from gpjax.kernels import AbstractKernel
+from gpjax.kernels.computations import AbstractKernelComputation
+from gpjax.parameters import val
+from gpjax.typing import Array
 
 
 class _Matrices(AbstractKernelComputation):
@@ -44,9 +44,9 @@ class StaxKernel(AbstractKernel):
       get: `'nngp'` or `'ntk'`.
     """
 
-    make_kernel: Callable[[Any], Callable[..., Any]] = eqx.field(static=True)
-    parameters: dict[str, Any]
-    get: str = eqx.field(static=True)
+    make_kernel: Callable[[Any], Callable[..., Any]] = eqx.field(static=True, init=False)
+    parameters: dict[str, Any] = eqx.field(init=False)
+    get: str = eqx.field(static=True, init=False)
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The kernel of an infinitely wide network as a kernel of tinygp (`pip install tinygp`)."""
+"""Kernels of infinitely wide networks as kernels of tinygp (`pip install "nt-deq[tinygp]"`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 from jax import Array
-from tinygp.kernels import Kernel  # pyright: ignore
+from tinygp.kernels import Kernel
 
 
 class StaxKernel(Kernel):
