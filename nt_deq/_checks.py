@@ -80,7 +80,7 @@ def kernel_name(get) -> None:
         raise ValueError(f"get={get!r} has to be 'nngp' or 'ntk'.")
 
 
-def width(name: str, value) -> None:
+def count(name: str, value) -> None:
     """Raises unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name}={value!r} has to be an integer of at least 1.")

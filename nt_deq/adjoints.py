@@ -63,7 +63,7 @@ class Implicit(Adjoint):
     max_steps: int = MAX_STEPS
 
     def __post_init__(self):
-        _checks.width("max_steps", self.max_steps)
+        _checks.count("max_steps", self.max_steps)
 
     def solve(self, layer, z0, args, find, solver):
         """What the solver finds, with the derivative of an equilibrium."""
@@ -115,7 +115,7 @@ class Phantom(Adjoint):
     damping: float = 0.5
 
     def __post_init__(self):
-        _checks.width("steps", self.steps)
+        _checks.count("steps", self.steps)
         Iteration(damping=self.damping)
 
     def solve(self, layer, z0, args, find, solver):
@@ -142,7 +142,7 @@ class Unrolled(Adjoint):
     steps: int
 
     def __post_init__(self):
-        _checks.width("steps", self.steps)
+        _checks.count("steps", self.steps)
 
     def solve(self, layer, z0, args, find, solver):
         """The last iterate."""

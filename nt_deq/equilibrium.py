@@ -150,7 +150,7 @@ def _check(solver, adjoint, max_steps):
         raise ValueError(
             f"adjoint={adjoint!r} has to be an nt_deq.Implicit, Phantom or Unrolled, or None."
         )
-    _checks.width("max_steps", max_steps)
+    _checks.count("max_steps", max_steps)
 
 
 @dataclass(frozen=True)

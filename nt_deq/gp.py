@@ -244,7 +244,7 @@ def fit(
         raise ValueError(f"loss={loss!r} has to be one of {', '.join(map(repr, _LOSSES))}.")
     if restarts < 0:
         raise ValueError(f"restarts={restarts} has to be at least 0.")
-    _checks.width("max_steps", max_steps)
+    _checks.count("max_steps", max_steps)
     intervals = _intervals(start, bounds or {})
     x, y = _data(x, y)
     first = np.array([_unconstrain(start[name], *interval) for name, *interval in intervals])

@@ -32,7 +32,7 @@ def spectral_radius(
     Returns:
       `(batch,)`; below 1 where the equilibrium is stable.
     """
-    _checks.width("steps", steps)
+    _checks.count("steps", steps)
     if steps < 2:
         raise ValueError(f"steps={steps} has to be at least 2.")
     _, jacobian = jax.linearize(f, z)
@@ -64,7 +64,7 @@ def jacobian_regularization(
     Returns:
       A scalar; at initialisation about `W_std² E[φ'(z*)²]`.
     """
-    _checks.width("samples", samples)
+    _checks.count("samples", samples)
     _, transpose = jax.vjp(f, z)
 
     def square(key):

@@ -71,7 +71,7 @@ class _DEQ(BaseEstimator):
 
     def _fit_process(self, X: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Fits to targets `(n, C)`; returns those that the hyper-parameters are fitted to."""
-        _checks.width("max_exact", self.max_exact)
+        _checks.count("max_exact", self.max_exact)
         random = check_random_state(self.random_state)
         self.X_train_, self._targets = X, targets
         if len(X) > self.max_exact:

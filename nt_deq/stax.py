@@ -217,7 +217,7 @@ def DEQ(
       NotConvergedError: by `kernel_fn` and `apply_fn`, where the solver gave up (likewise).
       ValueError, TypeError: an argument cannot be right; the message says why.
     """
-    _checks.width("width", width)
+    _checks.count("width", width)
     for name, std in (
         ("W_std", W_std),
         ("U_std", U_std),

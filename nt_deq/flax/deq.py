@@ -160,7 +160,7 @@ class DEQ(FixedPoint):
         max_steps: int = MAX_STEPS,
         rngs: nnx.Rngs,
     ):
-        _checks.width("width", width)
+        _checks.count("width", width)
         _checks.standard_deviation("W_std", W_std)
         _checks.standard_deviation("U_std", U_std)
         phi = get_activation(activation)

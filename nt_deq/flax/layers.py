@@ -78,8 +78,8 @@ class Dense(_Linear):
         parameterization: str = "ntk",
         rngs: nnx.Rngs,
     ):
-        _checks.width("in_features", in_features)
-        _checks.width("out_features", out_features)
+        _checks.count("in_features", in_features)
+        _checks.count("out_features", out_features)
         super().__init__((in_features, out_features), W_std, b_std, parameterization, rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -121,14 +121,14 @@ class Conv(_Linear):
         parameterization: str = "ntk",
         rngs: nnx.Rngs,
     ):
-        _checks.width("in_features", in_features)
-        _checks.width("out_features", out_features)
+        _checks.count("in_features", in_features)
+        _checks.count("out_features", out_features)
         if not (isinstance(kernel_size, Sequence) and len(kernel_size) in (1, 2)):
             raise ValueError(
                 f"kernel_size={kernel_size!r} has to be one or two integers, as (3,) or (3, 3)."
             )
         for size in kernel_size:
-            _checks.width("kernel_size", size)
+            _checks.count("kernel_size", size)
         if padding not in PADDINGS:
             raise ValueError(f"padding={padding!r} has to be one of {', '.join(PADDINGS)}.")
         self.padding = padding

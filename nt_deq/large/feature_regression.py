@@ -113,7 +113,7 @@ def in_batches(x: Any, y: Any, rows: int) -> Iterator[tuple[Any, Any]]:
     Raises:
       ValueError: `x` and `y` are not as many, or `rows` is no positive integer.
     """
-    _checks.width("rows", rows)
+    _checks.count("rows", rows)
     if len(x) != len(y):
         raise ValueError(f"x has {len(x)} rows and y has {len(y)}: they have to be as many.")
     return ((x[i : i + rows], y[i : i + rows]) for i in range(0, len(x), rows))

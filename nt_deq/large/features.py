@@ -106,8 +106,8 @@ class SketchFeatures:
         Raises:
           ValueError: `size` is too small for the exact terms and one feature a further degree.
         """
-        _checks.width("d", d)
-        _checks.width("size", size)
+        _checks.count("d", d)
+        _checks.count("size", size)
         sizes = _share_out(series.coefficients, d, size)
         self.size, self._d, self._series, self._sizes = sum(sizes), d, series, tuple(sizes)
         self._weights = tuple(map(float, np.sqrt(series.coefficients)))

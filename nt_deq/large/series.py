@@ -106,7 +106,7 @@ def deq_series(
       NoEquilibriumError: `W_std² E[φ(g)²] >= 1`.
       ValueError: an argument cannot be right; the message says why.
     """
-    _checks.width("degree", degree)
+    _checks.count("degree", degree)
     for name, std in (("W_std", W_std), ("U_std", U_std), ("b_std", b_std), ("V_std", V_std)):
         _checks.standard_deviation(name, std)
     if not (np.isfinite(mean_square) and mean_square > 0):
