@@ -9,7 +9,7 @@ RUN := .venv/bin/python -m
 # version, and versions in between, where neural-tangents needs other bridges than at either end.
 JAX_VERSIONS := 0.5.3 0.7.2 0.9.2
 
-.PHONY: demo test test-all test-versions lint bench clean
+.PHONY: demo test test-all test-versions lint dist bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
@@ -33,13 +33,21 @@ lint: .venv/.types
 	$(RUN) ruff format --check
 	$(RUN) pyright
 
+# The wheel, made of the sdist and installed into an empty environment, works there.
+dist: .venv/.ready
+	rm -rf dist
+	$(UV) build --quiet
+	$(UV) venv --quiet --clear --python .venv/bin/python .venvs/dist
+	$(UV) pip install --quiet --python .venvs/dist dist/*.whl
+	cd .venvs && dist/bin/python -P ../tests/installed.py
+
 bench: .venv/.ready
 	@set -e; for file in benchmarks/[a-z]*.py; do \
 	  echo "== $$file"; $(RUN) benchmarks.$$(basename $$file .py); \
 	done
 
 clean:
-	rm -rf .venv .venvs out/demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venvs dist out/demo .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.ready: pyproject.toml uv.lock

@@ -1,0 +1,34 @@
+"""What must hold of nt_deq where its wheel was installed into an empty environment.
+
+Run by `make dist`, outside the checkout: `python -P tests/installed.py`. It is not a test of pytest's,
+which would find the checkout.
+"""
+
+import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
+
+import nt_deq
+from nt_deq import stax
+
+import jax
+import neural_tangents as nt
+
+ROOT = Path(__file__).parent.parent
+
+package = Path(nt_deq.__file__).parent
+assert ROOT / "nt_deq" != package, f"{package} is the checkout"
+assert (package / "py.typed").exists()
+assert importlib.util.find_spec("experiments") is None
+version = importlib.metadata.version("nt-deq")
+assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
+
+x = jax.numpy.array([[1.0, 2.0, -1.0], [0.5, -1.0, 2.0]])
+_, _, kernel_fn = stax.serial(stax.DEQ(8, W_std=0.6), stax.Dense(1))
+ntk = kernel_fn(x, None, "ntk")[0, 1]
+assert abs(ntk - -0.0730514147) < 1e-6, ntk  # by quadrature
+predict_fn = nt.predict.gradient_descent_mse_ensemble(kernel_fn, x, x[:, :1], diag_reg=0.0)
+assert abs(predict_fn(x_test=x, get="ntk") - x[:, :1]).max() < 1e-4
+assert not {"tensorflow", "sklearn", "matplotlib"} & sys.modules.keys()
+print(f"nt-deq {version} works from {package}")
