@@ -1,7 +1,7 @@
 """What must hold of nt_deq where its wheel was installed into an empty environment.
 
-Run by `make dist`, outside the checkout: `python -P tests/installed.py`. It is not a test of pytest's,
-which would find the checkout.
+Run by `make dist`, outside the checkout: `python -P tests/installed.py`. It is not one of pytest's
+tests, which would find the checkout.
 """
 
 import importlib.metadata
@@ -9,16 +9,17 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import nt_deq
-from nt_deq import stax
+import nt_deq  # isort: split
 
 import jax
 import neural_tangents as nt
 
+from nt_deq import stax
+
 ROOT = Path(__file__).parent.parent
 
 package = Path(nt_deq.__file__).parent
-assert ROOT / "nt_deq" != package, f"{package} is the checkout"
+assert package != ROOT / "nt_deq", f"{package} is the checkout"
 assert (package / "py.typed").exists()
 assert importlib.util.find_spec("experiments") is None
 version = importlib.metadata.version("nt-deq")
