@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nt_deq._compat import shard_map
 from nt_deq.kernel import NoEquilibriumError
-from nt_deq.large.layout import AXIS, Layout, Round, padded_columns
+from nt_deq.large.layout import AXIS, Layout, Round
 from nt_deq.large.store import Store
 
 
@@ -236,7 +236,7 @@ def time_tile(compute: KernelTiles, columns: int) -> tuple[float, float]:
     """Seconds of one round of tiles, and of their product with `columns` vectors, compiled."""
     layout = compute.layout
     round_ = list(layout.rounds())[-1]
-    p = np.zeros((layout.rows, padded_columns(columns)), np.float32)
+    p = np.zeros((layout.rows, columns), np.float32)
     p = jax.device_put(p, layout.replicated)
 
     def product(tile):

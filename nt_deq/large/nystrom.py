@@ -17,7 +17,7 @@ import numpy as np
 import scipy.linalg
 from jax import Array, lax
 
-from nt_deq.large.layout import in_float64
+from nt_deq.large.layout import before_transpose, in_float64, pad_columns
 from nt_deq.large.matrix import KernelTiles
 
 _BLOCK = 500  # landmarks at a time
@@ -135,16 +135,18 @@ def _by_device(v, block):
 @in_float64
 @jax.jit
 def _project(block, v):
-    v = _by_device(v, block).astype(jnp.float32)
-    return jnp.einsum("dpr,drc->pc", block, v, precision=_HIGHEST)
+    """`F v`."""
+    padded = _by_device(pad_columns(v.astype(jnp.float32)), block)
+    products = jnp.einsum("dpr,drc->dpc", block, padded, precision=_HIGHEST)
+    return products[..., : v.shape[1]].sum(0)
 
 
 @in_float64
 @jax.jit
 def _subtract(v, block, solved):
     """`v - Fᵀ solved`."""
-    product = jnp.einsum("pc,dpr->dcr", solved.astype(jnp.float32), block, precision=_HIGHEST)
-    return v - product.swapaxes(1, 2).reshape(v.shape)
+    product = jnp.einsum("pc,dpr->cdr", solved.astype(jnp.float32), block, precision=_HIGHEST)
+    return v - before_transpose(product).transpose(1, 2, 0).reshape(v.shape)
 
 
 @in_float64

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import psutil
 
-from nt_deq.large.layout import Layout, padded_columns
+from nt_deq.large.layout import Layout
 
 _DIRECT = 8192  # inputs up to which a factorisation is the shorter way
 _MOST_LANDMARKS = 4000
@@ -97,8 +97,7 @@ def make_plan(
     triangle = layout.tiles * (layout.tiles + 1) // 2
     tile = 4.0 * layout.side**2
     base = _OVERHEAD + 2 * inputs_bytes + 8 * share * tile  # a few tiles at work on each device
-    columns = padded_columns(outputs)
-    vectors = 8.0 * layout.rows * columns * 8
+    vectors = 8.0 * layout.rows * outputs * 8
 
     if method == "auto":
         direct = base + 8.0 * n * n
@@ -120,22 +119,22 @@ def make_plan(
         free = (available - base - vectors - held) / (1.3 * per_landmark)
         rank = int(max(min(n // 8, _MOST_LANDMARKS, free // 500 * 500), min(n, 100)))
     needed = base + vectors + held + 1.3 * per_landmark * rank
-    flops = (2.0 * n * n * columns + 4.0 * n * rank * columns) * _TYPICAL_STEPS
+    flops = (2.0 * n * n * outputs + 4.0 * n * rank * outputs) * _TYPICAL_STEPS
     flops += 2.0 * n * rank**2
-    sent = 0.0 if layout.devices == 1 else bytes_per_step(layout, columns, rank)
+    sent = 0.0 if layout.devices == 1 else bytes_per_step(layout, outputs, rank)
     disk = tile * triangle if keep == "store" else 0.0
     plan = Plan("cg", keep, rank, needed, available, disk, flops, sent)
     return _checked(plan, "a store=directory" if keep == "memory" else "a smaller rank")
 
 
-def bytes_per_step(layout: Layout, columns: int, rank: int) -> float:
+def bytes_per_step(layout: Layout, outputs: int, rank: int) -> float:
     """What each device receives in a step of conjugate gradients.
 
     The direction, in float32, is gathered; its product, in float64, is summed and scattered; so is
     what the preconditioner projects on the landmarks.
     """
     others = (layout.devices - 1) / layout.devices
-    return others * columns * (4.0 * layout.rows + 8.0 * layout.rows + 2 * 4.0 * rank)
+    return others * outputs * (4.0 * layout.rows + 8.0 * layout.rows + 2 * 4.0 * rank)
 
 
 def estimate_seconds(
@@ -143,7 +142,7 @@ def estimate_seconds(
 ) -> float:
     """The time of a fit, from that of a round of tiles and of its product with the vectors."""
     rounds = sum(1 for _ in layout.rounds())
-    speed = 2.0 * layout.devices * layout.side**2 * padded_columns(outputs) / product_seconds
+    speed = 2.0 * layout.devices * layout.side**2 * outputs / product_seconds
     if plan.method == "cholesky":
         return rounds * tile_seconds + plan.flops / speed
     step = rounds * product_seconds

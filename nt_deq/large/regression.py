@@ -167,8 +167,7 @@ class KernelRegression:
             else:
                 self._prepare(compute, diagonal, store)
                 self.solution_ = self._solve_cg(targets, self.progress)
-                values = layout.gather(self.solution_.value)
-                self.coefficients_ = values[: layout.n, : targets.shape[1]]
+                self.coefficients_ = layout.gather(self.solution_.value)[: layout.n]
                 self._tell(
                     f"{self.solution_.steps} steps, relative residual {self.solution_.residual:.1e}"
                 )
@@ -247,7 +246,7 @@ class KernelRegression:
             )
 
         def solve(b):
-            return compute.layout.gather(solve_cg(b).value)[: len(b), : b.shape[1]]
+            return compute.layout.gather(solve_cg(b).value)[: len(b)]
 
         self._solve_cg, self._solve = solve_cg, solve
 
@@ -258,7 +257,7 @@ class KernelRegression:
             layout.gather(_product(kernel, coefficients, part.start))
             for part, kernel in self._compute.against(x)
         ]
-        return np.sum(parts, axis=0)[:, : self.coefficients_.shape[1]]
+        return np.sum(parts, axis=0)
 
     def _std(self, x: np.ndarray) -> np.ndarray:
         """Standard deviations of the outputs for `x`."""
@@ -270,7 +269,7 @@ class KernelRegression:
             variance = prior - np.sum(own * solved.T, axis=1)
         else:
             spread = layout.gather(Recomputed(self._nngp).multiply(layout.vector(solved)))
-            spread = spread[: layout.n, : len(x)]
+            spread = spread[: layout.n]
             variance = prior - 2 * np.sum(self._rows(self._nngp, x) * solved.T, axis=1)
             variance += np.sum(solved * spread, axis=0)
         return np.sqrt(np.maximum(variance, 0))
