@@ -21,7 +21,7 @@ from nt_deq import stax
 from benchmarks import _measure
 from nt_deq.large.plan import bytes_per_step
 
-SIDE, FEATURES, OUTPUTS, RANK = 2048, 784, 16, 4000
+SIDE, FEATURES, OUTPUTS, RANK = 2048, 784, 10, 4000
 STEPS = 31  # that all of MNIST took, with as many landmarks
 TILE = 4.0 * SIDE**2  # bytes
 SPARE = 1e9  # bytes of a chip's memory for all else

@@ -217,9 +217,9 @@ def _claims(
         report.Claim(
             f"{_noise_name(noises[1]).capitalize()}: overfitting is benign, what interpolation "
             "adds to the test error of the tuned kernel vanishes as training images get more.",
-            f"The DEQ's NTK adds {_by_count(found, excess, '+.2%')}; the last has to be below all "
-            "before and below one percentage point.",
-            excess(found[last]) < min(0.01, *before),
+            f"The DEQ's NTK adds {_by_count(found, excess, '+.2%')}; the last has to be below the "
+            "largest before and below one percentage point.",
+            excess(found[last]) < min(0.01, max(before)),
         )
     )
     for i, noise in enumerate(noises):

@@ -35,6 +35,7 @@ KernelFn = Callable[..., Any]
 
 _SPREAD = 2.0  # standard deviation of the starts around the first: a factor of 7, up and down
 _GRADIENT = 1e-3  # of the loss, in nats, at which a search has ended
+_GAIN = 1e-4  # of a step, in nats, likewise
 _FLAT = 1e-3  # curvature, in nats, below which the data do not determine a parameter
 
 
@@ -65,7 +66,7 @@ class Fit(NamedTuple):
       distance: of the end from the bottom of the parabola that gradient and Hessian give, in
         standard errors: `√(gᵀ H⁻¹ g)`.
       converged: whether this is a minimum: no direction goes down and `distance < 0.1`.
-      steps: of BFGS, from all starts.
+      steps: of L-BFGS, from all starts.
       losses: at the end of every start, the user's first; infinite where there is none.
     """
 
@@ -99,11 +100,10 @@ def log_marginal_likelihood(
       NoEquilibriumError, NotConvergedError: by `kernel_fn` (likewise).
       ValueError: an argument cannot be right; the message says why.
     """
-    _, y, factor = _factorise(kernel_fn, x, y, noise, get)
-    whitened = solve_triangular(factor, y, lower=True)
-    log_determinant = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
-    n, outputs = y.shape
-    return -(jnp.sum(whitened**2) + outputs * (log_determinant + n * jnp.log(2 * jnp.pi))) / 2
+    _, y, covariance = _problem(kernel_fn, x, y, noise, get)
+    value = _log_normal(covariance, y)
+    _check_definite(value, covariance, noise, get)
+    return value
 
 
 def leave_one_out(
@@ -208,7 +208,7 @@ def fit(
 ) -> Fit:
     """Finds the hyper-parameters of a kernel, and the noise, that explain the data best.
 
-    BFGS (SciPy's) in unconstrained coordinates, from `start` and from `restarts` random places
+    L-BFGS (SciPy's) in unconstrained coordinates, from `start` and from `restarts` random places
     around it. Loss and gradient are one program, compiled once for a `make_kernel` and a shape of
     the data: pass the same function again to use it again. A place without an equilibrium, or where
     `K + noise` is not positive definite, is none that a step goes to.
@@ -230,7 +230,7 @@ def fit(
       loss: what is minimised: `'marginal_likelihood'` (minus its logarithm), or `'leave_one_out'`.
       restarts: further starts, at least 0. A likelihood may have several maxima.
       seed: of the starts.
-      max_steps: of BFGS, from each start, at least 1.
+      max_steps: of L-BFGS, from each start, at least 1.
 
     Returns:
       A `Fit`; look at its `converged`.
@@ -258,9 +258,9 @@ def fit(
         finite = np.isfinite(value) and np.isfinite(gradient).all()
         return (float(value), gradient) if finite else (np.inf, np.zeros_like(gradient))
 
-    options = {"maxiter": max_steps, "gtol": _GRADIENT / y.size}
+    options = {"maxiter": max_steps, "gtol": _GRADIENT / y.size, "ftol": _GAIN / y.size}
     ends = [
-        optimize.minimize(evaluate, place, jac=True, method="BFGS", options=options)
+        optimize.minimize(evaluate, place, jac=True, method="L-BFGS-B", options=options)
         for place in places
     ]
     losses = y.size * np.array([end.fun for end in ends])
@@ -372,21 +372,58 @@ def _matrix(kernel_fn: KernelFn, x1: Array, x2: Array | None, get: str) -> Array
     return kernel
 
 
-def _factorise(kernel_fn, x, y, noise, get) -> tuple[Array, Array, Array]:
-    """The data, and the Cholesky factor of `K + noise`."""
+def _problem(kernel_fn, x, y, noise, get) -> tuple[Array, Array, Array]:
+    """The data, and `K + noise`."""
     _checks.kernel_name(get)
     if np.ndim(noise) or not (_checks.is_traced(noise) or 0 <= noise < np.inf):
         raise ValueError(f"noise={noise} has to be a variance: one finite number of at least 0.")
     x, y = _data(x, y)
     kernel = _matrix(kernel_fn, x, None, get)
-    factor = jnp.linalg.cholesky(kernel + noise * jnp.eye(len(x), dtype=x.dtype))
-    if not _checks.is_traced(factor) and not jnp.isfinite(factor).all():
-        if not jnp.isfinite(kernel).all():
-            raise ValueError(f"kernel_fn(x, None, {get!r}) is NaN or infinite: look at it there.")
-        unit = float(jnp.finfo(x.dtype).eps) * float(jnp.trace(kernel))
-        raise NotPositiveDefiniteError(
-            f"K + noise is not positive definite to rounding in {x.dtype} with noise={noise}; take "
-            f"a noise of more than about {unit:.1g}, drop inputs that are there twice, or compute "
-            "in float64: jax.config.update('jax_enable_x64', True)."
-        )
+    return x, y, kernel + noise * jnp.eye(len(x), dtype=x.dtype)
+
+
+def _factorise(kernel_fn, x, y, noise, get) -> tuple[Array, Array, Array]:
+    """The data, and the Cholesky factor of `K + noise`."""
+    x, y, covariance = _problem(kernel_fn, x, y, noise, get)
+    factor = jnp.linalg.cholesky(covariance)
+    _check_definite(factor, covariance, noise, get)
     return x, y, factor
+
+
+def _check_definite(found, covariance, noise, get) -> None:
+    """Raises where what was computed by a Cholesky factor is not finite (and not traced)."""
+    if _checks.is_traced(found) or jnp.isfinite(found).all():
+        return
+    if not jnp.isfinite(covariance).all():
+        raise ValueError(f"kernel_fn(x, None, {get!r}) is NaN or infinite: look at it there.")
+    unit = float(jnp.finfo(covariance.dtype).eps) * float(jnp.trace(covariance))
+    raise NotPositiveDefiniteError(
+        f"K + noise is not positive definite to rounding in {covariance.dtype} with "
+        f"noise={noise}; take a noise of more than about {unit:.1g}, drop inputs that are there "
+        "twice, or compute in float64: jax.config.update('jax_enable_x64', True)."
+    )
+
+
+@jax.custom_jvp
+def _log_normal(covariance: Array, y: Array) -> Array:
+    """`Σ_c log N(y_c | 0, covariance)`."""
+    return _log_normal_of(jnp.linalg.cholesky(covariance), y)
+
+
+def _log_normal_of(factor, y):
+    whitened = solve_triangular(factor, y, lower=True)
+    log_determinant = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+    n, outputs = y.shape
+    return -(jnp.sum(whitened**2) + outputs * (log_determinant + n * jnp.log(2 * jnp.pi))) / 2
+
+
+@_log_normal.defjvp
+def _log_normal_jvp(primals, tangents):
+    """In closed form (GPML eq. 5.9), at a third of the price of going through the factor."""
+    covariance, y = primals
+    factor = jnp.linalg.cholesky(covariance)
+    weights = cho_solve((factor, True), y)
+    inverse = cho_solve((factor, True), jnp.eye(len(y), dtype=y.dtype))
+    outer = jnp.matmul(weights, weights.T, precision="highest")
+    of_covariance = jnp.sum((outer - y.shape[1] * inverse) * tangents[0]) / 2
+    return _log_normal_of(factor, y), of_covariance - jnp.sum(weights * tangents[1])

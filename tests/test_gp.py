@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import random
+from jax.test_util import check_grads
 from scipy import optimize, stats
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct
@@ -279,3 +280,17 @@ def test_bad_arguments_are_refused(change, message):
 def test_bad_noise_is_refused():
     with pytest.raises(ValueError, match="noise=-1"):
         gp.log_marginal_likelihood(make_kernel(POINT), *data(5), -1)
+
+
+def test_second_derivatives(x64):
+    """In forward and in reverse mode, of a kernel that has them."""
+    x, y = data(n=9, outputs=2)[:2]
+
+    def likelihood(log_length, log_noise, y):
+        def kernel_fn(x1, x2, get):
+            square = jnp.sum((x1[:, None] - x1) ** 2, -1)
+            return jnp.exp(-square * jnp.exp(-2 * log_length))
+
+        return gp.log_marginal_likelihood(kernel_fn, x, y, jnp.exp(log_noise))
+
+    check_grads(likelihood, (0.3, -1.0, y), order=2, modes=("fwd", "rev"), rtol=1e-5)
