@@ -35,7 +35,7 @@ KernelFn = Callable[..., Any]
 
 _SPREAD = 2.0  # standard deviation of the starts around the first: a factor of 7, up and down
 _GRADIENT = 1e-3  # of the loss, in nats, at which a search has ended
-_GAIN = 1e-4  # of a step, in nats, likewise
+_GAIN = 1e-4  # of the last four steps, in nats, likewise
 _FLAT = 1e-3  # curvature, in nats, below which the data do not determine a parameter
 
 
@@ -66,7 +66,7 @@ class Fit(NamedTuple):
       distance: of the end from the bottom of the parabola that gradient and Hessian give, in
         standard errors: `√(gᵀ H⁻¹ g)`.
       converged: whether this is a minimum: no direction goes down and `distance < 0.1`.
-      steps: of L-BFGS, from all starts.
+      steps: of BFGS, from all starts.
       losses: at the end of every start, the user's first; infinite where there is none.
     """
 
@@ -208,7 +208,7 @@ def fit(
 ) -> Fit:
     """Finds the hyper-parameters of a kernel, and the noise, that explain the data best.
 
-    L-BFGS (SciPy's) in unconstrained coordinates, from `start` and from `restarts` random places
+    BFGS (SciPy's) in unconstrained coordinates, from `start` and from `restarts` random places
     around it. Loss and gradient are one program, compiled once for a `make_kernel` and a shape of
     the data: pass the same function again to use it again. A place without an equilibrium, or where
     `K + noise` is not positive definite, is none that a step goes to.
@@ -230,7 +230,7 @@ def fit(
       loss: what is minimised: `'marginal_likelihood'` (minus its logarithm), or `'leave_one_out'`.
       restarts: further starts, at least 0. A likelihood may have several maxima.
       seed: of the starts.
-      max_steps: of L-BFGS, from each start, at least 1.
+      max_steps: of BFGS, from each start, at least 1.
 
     Returns:
       A `Fit`; look at its `converged`.
@@ -258,11 +258,20 @@ def fit(
         finite = np.isfinite(value) and np.isfinite(gradient).all()
         return (float(value), gradient) if finite else (np.inf, np.zeros_like(gradient))
 
-    options = {"maxiter": max_steps, "gtol": _GRADIENT / y.size, "ftol": _GAIN / y.size}
-    ends = [
-        optimize.minimize(evaluate, place, jac=True, method="L-BFGS-B", options=options)
-        for place in places
-    ]
+    def search(place):
+        values = []
+
+        def stop(intermediate_result):
+            values.append(intermediate_result.fun)
+            if len(values) > 4 and values[-5] - values[-1] < _GAIN / y.size:
+                raise StopIteration
+
+        options = {"maxiter": max_steps, "gtol": _GRADIENT / y.size}
+        return optimize.minimize(
+            evaluate, place, jac=True, method="BFGS", callback=stop, options=options
+        )
+
+    ends = [search(place) for place in places]
     losses = y.size * np.array([end.fun for end in ends])
     best = ends[int(losses.argmin())]
     if not np.isfinite(best.fun):
