@@ -53,7 +53,7 @@ def cases(stax):
 
 
 CASES, ORIGINAL = cases(stax), cases(nt.stax)
-QUICK = ("layer_norm", "branches", "conv")
+QUICK = ("branches", "conv")
 DENSE = stax.Dense(WIDTH)
 
 
@@ -148,6 +148,7 @@ def test_anderson_remembers_a_tile_and_not_the_kernel():
     assert memory.temp_size_in_bytes < 5 * 64**2 * 16**2 * 4
 
 
+@pytest.mark.slow
 def test_deq_is_a_special_case(x64):
     x1, x2 = pair(VECTORS)
     composed = stax.serial(
@@ -167,7 +168,7 @@ def test_deq_is_a_special_case(x64):
 @pytest.mark.parametrize(
     "name",
     slow_except(
-        ("branches", "dropout"),
+        ("branches",),
         ("two_hidden", "branches", "conv", "layer_norm", "dropout", "conv_pool", "attention"),
     ),
 )

@@ -155,7 +155,10 @@ def slicing():
     return apply_fn, params, rng.normal(size=(3, 4))
 
 
-@pytest.mark.parametrize("implementation", list(nt.NtkImplementation))
+@pytest.mark.parametrize(
+    "implementation",
+    slow_except(set(nt.NtkImplementation) - {nt.NtkImplementation.AUTO}, nt.NtkImplementation),
+)
 @pytest.mark.parametrize("network", [pytest.param(convolutional, marks=pytest.mark.slow), slicing])
 def test_empirical_ntk_fn(network, implementation):
     apply_fn, params, x = network()

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_except
 from scipy import stats
 
 import nt_deq
@@ -11,6 +12,7 @@ from nt_deq import theory
 
 X = np.array([[1.0, 2.0, -1.0], [0.5, -1.0, 2.0], [2.0, 0.0, 1.0]])
 TANH = {"W_std": 0.6, "U_std": 1.0, "b_std": 0.2, "activation": "tanh"}
+GELU = {**TANH, "activation": "gelu"}
 RELU = {"W_std": 0.6, "U_std": 1.0, "b_std": 0.0, "activation": "relu"}
 
 
@@ -105,7 +107,7 @@ def test_the_kernels_of_finite_depth_are_the_covariances_of_a_wide_tied_network(
 
 
 @pytest.mark.parametrize("setting", [TANH, RELU], ids=["tanh", "relu"])
-@pytest.mark.parametrize("lag", [0, 3])
+@pytest.mark.parametrize("lag", slow_except([3], [0, 3]))
 def test_the_kernels_of_finite_depth_tend_to_that_of_the_equilibrium(setting, lag, dtype):
     x = X.astype(dtype)
     deep = theory.depth_kernels(x, depths=[60], lag=lag, **setting)[0]
@@ -119,9 +121,11 @@ def test_the_kernels_of_finite_depth_tend_to_that_of_the_equilibrium(setting, la
 @pytest.mark.parametrize(
     ("setting", "depth", "rtol"),
     [
-        ({**TANH, "W_std": 1.1}, 10, 0.02),
+        pytest.param({**TANH, "W_std": 1.1}, 10, 0.02, marks=pytest.mark.slow),
         ({**RELU, "W_std": 1.2}, 60, 1e-6),
-        ({**TANH, "W_std": 0.9, "activation": "gelu"}, 30, 1e-3),
+        pytest.param(
+            {**TANH, "W_std": 0.9, "activation": "gelu"}, 30, 1e-3, marks=pytest.mark.slow
+        ),
     ],
     ids=["tanh", "relu", "gelu"],
 )
