@@ -9,7 +9,7 @@ RUN := .venv/bin/python -m
 # version, and versions in between, where neural-tangents needs other bridges than at either end.
 JAX_VERSIONS := 0.5.3 0.7.2 0.9.2
 
-.PHONY: demo test test-all test-versions lint dist bench clean
+.PHONY: demo test test-all test-versions lint docs dist bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
@@ -33,6 +33,10 @@ lint: .venv/.types
 	$(RUN) ruff format --check
 	$(RUN) pyright
 
+# Material announces its successor at every start.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+
 # The wheel, made of the sdist and installed into an empty environment, works there.
 dist: .venv/.ready
 	rm -rf dist
@@ -47,7 +51,7 @@ bench: .venv/.ready
 	done
 
 clean:
-	rm -rf .venv .venvs dist out/demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venvs dist site out/demo .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.ready: pyproject.toml uv.lock
@@ -60,9 +64,9 @@ clean:
 	UV_PROJECT_ENVIRONMENT=.venv $(UV) sync --locked --inexact --all-extras
 	@touch $@
 
-# pyright brings a Node.js of 200 MB, which only `make lint` needs.
-.venv/.types: .venv/.ready
-	UV_PROJECT_ENVIRONMENT=.venv $(UV) sync --locked --inexact --all-extras --group types
+# A group that few targets need: pyright brings a Node.js of 200 MB.
+.venv/.%: .venv/.ready
+	UV_PROJECT_ENVIRONMENT=.venv $(UV) sync --locked --inexact --all-extras --group $*
 	@touch $@
 
 .venvs/jax-0.5.3/.ready: RESOLUTION := lowest-direct

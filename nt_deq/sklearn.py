@@ -166,8 +166,10 @@ class DEQRegressor(RegressorMixin, _DEQ):
     Args:
       kernel: the covariance: `'nngp'`, of the network with random weights, or `'ntk'`, that
         training all of its weights by gradient descent amounts to.
-      W_std, U_std, b_std, V_std: standard deviations of the recurrent weights, the input weights,
-        the bias, and the readout.
+      W_std: standard deviation of the recurrent weights.
+      U_std: standard deviation of the input weights.
+      b_std: standard deviation of the bias.
+      V_std: standard deviation of the readout's weights.
       activation: `φ`, as of `nt_deq.deq_kernel`.
       noise: variance of the observation noise.
       optimize: whether these numbers are but where the search for those of the largest marginal

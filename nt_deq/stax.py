@@ -37,7 +37,7 @@ _MASKED: Any = _nt_stax.MaskedArray  # typed as a class without fields
 
 @_nt_stax.layer
 @_nt_stax.supports_masking(remask_kernel=True)
-def Nonlinearity(activation: str | Activation | Callable[[Array], Array]):
+def Nonlinearity(activation: str | Activation | Callable[[Array], Array]) -> Any:
     """An elementwise nonlinearity `φ` with its exact kernel.
 
     Args:
@@ -103,7 +103,7 @@ def _full_precision(fn: Callable) -> Callable:
 
 
 @_nt_stax.layer
-def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None):
+def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None) -> Any:
     """A layer of infinite depth, `z* = cell(z*) + inject(x)`, from any stax layers.
 
     Returns the equilibrium itself: put the nonlinearity and the readout after it. The cell reads
@@ -186,7 +186,7 @@ def DEQ(
     activation: str | Activation | Callable[[Array], Array] = "relu",
     solver: Solver | None = None,
     parameterization: str = "ntk",
-):
+) -> Any:
     """A deep equilibrium layer, a fully-connected network of infinite depth with tied weights.
 
     `h* = φ(z*)` with `z* = W_std/√width · φ(z*) W + U_std/√d · x U + b_std · b`: the special case

@@ -1,20 +1,13 @@
 """Every block of Python in the README runs, in order, in one namespace; commands exist."""
 
 import re
-from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+from documents import ROOT, blocks, run_python
 
 
 def test_python_blocks_run():
-    namespace = {}
-    python = [code for language, code in BLOCKS if language == "python"]
-    assert len(python) >= 4
-    for code in python:
-        exec(compile(code, "README.md", "exec"), namespace)
+    namespace = run_python("README.md")
     assert namespace["covariance"].shape == (20, 20)
     assert np.isfinite(namespace["gradient"])
     assert namespace["mean"].shape == (20, 1)
@@ -29,7 +22,10 @@ def test_python_blocks_run():
 def test_commands_are_targets_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
     commands = [
-        line for language, code in BLOCKS if language == "bash" for line in code.split("\n")
+        line
+        for language, code in blocks("README.md")
+        if language == "bash"
+        for line in code.split("\n")
     ]
     targets = [line.split()[1] for line in commands if line.startswith("make ")]
     assert targets == ["demo", "test"]

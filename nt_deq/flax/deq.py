@@ -135,7 +135,9 @@ class DEQ(FixedPoint):
         `None` for a dense layer.
       padding: of the convolutions, `'SAME'` (zeros) or `'CIRCULAR'` (a torus).
       parameterization: `'ntk'` or `'standard'`, as of `Dense`.
-      solver, adjoint, max_steps: as of `FixedPoint`.
+      solver: what finds `z*`, as of `FixedPoint`.
+      adjoint: how it is differentiated, as of `FixedPoint`.
+      max_steps: after so many steps a sample has not converged.
       rngs: draws the parameters from its stream `params`.
 
     Raises:
