@@ -7,15 +7,16 @@ import re
 import jax
 import pytest
 from documents import ROOT, run_python
+from marks import slow_except
 
 import nt_deq
 
-PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+PAGES = {path.name for path in (ROOT / "docs").glob("*.md")}
 MODULES = [f"nt_deq.{name}" for name in ("flax", "gp", "gpjax", "iterations", "large")]
 MODULES += [f"nt_deq.{name}" for name in ("sklearn", "stax", "theory", "tinygp")]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", slow_except(PAGES - {"tutorial.md"}, sorted(PAGES)))
 def test_page_runs(page):
     x64 = jax.config.jax_enable_x64
     try:
