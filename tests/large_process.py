@@ -64,6 +64,7 @@ def communication():
         counted = received(layout._replicate, v.astype("float32"), cut.replicated)
         counted += received(cut.sum, cut.zeros(v.shape[1]))
         counted += sum(received(nystrom._project, block, v) for block in precondition._blocks)
+        counted += 2 * received(nystrom._inner, precondition._eigenvectors, v)
     print(found.plan_.bytes_per_step, counted)
 
 

@@ -4,23 +4,27 @@
 arXiv:2207.06503), a block of pivots at a time (Epperly, Tropp & Webber 2024, arXiv:2410.03969): the
 next landmarks are drawn where the approximation is worst. `(Fᵀ F + δ)⁻¹` is then cheap by the
 identity of Woodbury, with `δ` the ridge and the mean of what `F` leaves of the diagonal.
+
+Products with `F` are in float32, off by `ε ‖F‖²/δ`, which for many inputs is more than 1: kernels
+have a few eigenvalues of the order of `n`. Their eigenvectors are kept apart, in float64.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+import scipy.sparse.linalg
 from jax import Array, lax
 
 from nt_deq.large.layout import before_transpose, in_float64, pad_columns
 from nt_deq.large.matrix import KernelTiles
 
 _BLOCK = 500  # landmarks at a time
+_LEADING = 64  # eigenvectors in float64
 _HIGHEST = lax.Precision.HIGHEST
 
 
@@ -54,7 +58,11 @@ class Nystrom:
             left = np.maximum(left - squares, 0)
         self.rank = size * len(self._blocks)
         self.delta = float(left.mean()) + ridge
-        self._factor = self._factorise() if self._blocks else None
+        if self._blocks:
+            gram = self._gram()
+            self._eigenvalues, self._eigenvectors = self._leading(gram)
+            gram[np.diag_indices_from(gram)] += self.delta
+            self._factor = scipy.linalg.cho_factor(gram, lower=True, overwrite_a=True)
 
     def _block(self, compute: KernelTiles, pivots: np.ndarray, rounding: float) -> Array:
         """The next rows of `F`, `(devices, landmarks, share)`: sharded by columns."""
@@ -75,26 +83,56 @@ class Nystrom:
         inverse = scipy.linalg.solve_triangular(lower, np.eye(len(lower)), lower=True)
         return _combine(inverse.astype(np.float32), kernel)
 
-    def _factorise(self) -> Any:
-        """The Cholesky factor of `F Fᵀ + δ`, in float64, on every process."""
+    def _gram(self) -> np.ndarray:
+        """`F Fᵀ`, in float64, on every process."""
         size = self.rank // len(self._blocks)
-        gram = np.zeros((self.rank, self.rank))  # its lower triangle
+        gram = np.zeros((self.rank, self.rank))
         for i, block in enumerate(self._blocks):
             for j, other in enumerate(self._blocks[: i + 1]):
                 part = self.layout.gather(_gram(block, other))
-                gram[i * size : (i + 1) * size, j * size : (j + 1) * size] = part
-        gram[np.diag_indices_from(gram)] += self.delta
-        return scipy.linalg.cho_factor(gram, lower=True, overwrite_a=True)
+                rows, columns = slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size)
+                gram[rows, columns], gram[columns, rows] = part, part.T
+        return gram
+
+    def _leading(self, gram: np.ndarray) -> tuple[np.ndarray, Array]:
+        """The largest eigenvalues of `Fᵀ F`, and their eigenvectors `(rows, count)`, float64."""
+        count = leading_count(self.rank)
+        values, combinations = np.zeros(0), np.zeros((self.rank, 0))
+        if count:
+            values, combinations = scipy.sparse.linalg.eigsh(gram, count, v0=np.ones(self.rank))
+        vectors = self.layout.vector(np.zeros((self.layout.n, count)))
+        for block, part in zip(self._blocks, self._split(combinations), strict=True):
+            vectors = _add_combination(vectors, block, part)
+        lower = scipy.linalg.cholesky(self._inner(vectors, vectors), lower=True)
+        to_orthonormal = scipy.linalg.solve_triangular(lower, np.eye(count), lower=True).T
+        return values, _multiply(vectors, to_orthonormal)
 
     def __call__(self, v: Array) -> Array:
         """Applies it to `(rows, C)`, float64, sharded by rows."""
         if not self._blocks:
             return _divide(v, self.delta)
+        leading = self._inner(self._eigenvectors, v)
+        v = _add(v, self._eigenvectors, -leading)
         projected = [self.layout.gather(_project(block, v)) for block in self._blocks]
         solved = scipy.linalg.cho_solve(self._factor, np.concatenate(projected))
-        for block, part in zip(self._blocks, np.split(solved, len(self._blocks)), strict=True):
+        for block, part in zip(self._blocks, self._split(solved), strict=True):
             v = _subtract(v, block, part)
-        return _divide(v, self.delta)
+        v = _divide(v, self.delta)
+        rounding = self._inner(self._eigenvectors, v)
+        of_leading = leading / (self._eigenvalues + self.delta)[:, None]
+        return _add(v, self._eigenvectors, of_leading - rounding)
+
+    def _split(self, of_landmarks: np.ndarray) -> list[np.ndarray]:
+        """`(rank, C)` by blocks."""
+        return np.split(of_landmarks, len(self._blocks))
+
+    def _inner(self, a: Array, b: Array) -> np.ndarray:
+        return self.layout.gather(_inner(a, b))
+
+
+def leading_count(rank: int) -> int:
+    """How many eigenvectors are kept in float64, of the approximation of a rank."""
+    return min(_LEADING, rank // 2)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -147,6 +185,33 @@ def _subtract(v, block, solved):
     """`v - Fᵀ solved`."""
     product = jnp.einsum("pc,dpr->cdr", solved.astype(jnp.float32), block, precision=_HIGHEST)
     return v - before_transpose(product).transpose(1, 2, 0).reshape(v.shape)
+
+
+@in_float64
+@jax.jit
+def _add_combination(v, block, combination):
+    """`v + Fᵀ combination`, in float64."""
+    product = jnp.einsum("dpr,pc->drc", block.astype(v.dtype), combination, precision=_HIGHEST)
+    return v + product.reshape(v.shape)
+
+
+@in_float64
+@jax.jit
+def _inner(a, b):
+    return jnp.matmul(a.T, b, precision=_HIGHEST)
+
+
+@in_float64
+@jax.jit
+def _multiply(v, matrix):
+    return jnp.matmul(v, matrix, precision=_HIGHEST)
+
+
+@in_float64
+@jax.jit
+def _add(v, vectors, coefficients):
+    """`v + vectors · coefficients`."""
+    return v + jnp.matmul(vectors, coefficients, precision=_HIGHEST)
 
 
 @in_float64

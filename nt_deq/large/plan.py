@@ -8,6 +8,7 @@ import jax
 import psutil
 
 from nt_deq.large.layout import Layout
+from nt_deq.large.nystrom import leading_count
 
 _DIRECT = 8192  # inputs up to which a factorisation is the shorter way
 _MOST_LANDMARKS = 4000
@@ -110,6 +111,7 @@ def make_plan(
         return _checked(plan, "method='cg'")
 
     per_landmark = 4.0 * layout.rows / _processes(layout)
+    vectors += 2 * 2 * per_landmark * leading_count(n)  # in float64, and while they are made
     kept = tile * triangle / _processes(layout)
     if keep == "auto":
         room = base + vectors + kept + per_landmark * min(1000, n)
@@ -130,11 +132,13 @@ def make_plan(
 def bytes_per_step(layout: Layout, outputs: int, rank: int) -> float:
     """What each device receives in a step of conjugate gradients.
 
-    The direction, in float32, is gathered; its product, in float64, is summed and scattered; so is
-    what the preconditioner projects on the landmarks.
+    The direction, in float32, is gathered; its product, in float64, is summed and scattered. What
+    the preconditioner projects on the landmarks, in float32, and twice on its leading eigenvectors,
+    in float64, is summed for all.
     """
     others = (layout.devices - 1) / layout.devices
-    return others * outputs * (4.0 * layout.rows + 8.0 * layout.rows + 2 * 4.0 * rank)
+    summed = 4.0 * rank + 2 * 8.0 * leading_count(rank)
+    return others * outputs * (4.0 * layout.rows + 8.0 * layout.rows + 2 * summed)
 
 
 def estimate_seconds(
