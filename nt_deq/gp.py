@@ -159,7 +159,7 @@ def posterior(
       get: which kernel is the covariance, `'nngp'` or `'ntk'`.
 
     Returns:
-      Mean and variance of `f`: add `noise` to the variance for that of a new observation.
+      Mean and variance of `f`; add `noise` to the variance for that of a new observation.
     """
     shape = np.shape(y)[1:]
     x, y, factor = _factorise(kernel_fn, x, y, noise, get)

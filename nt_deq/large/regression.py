@@ -183,8 +183,8 @@ class KernelRegression:
             right-hand side of its own to solve for.
 
         Returns:
-          `(m,)` or `(m, C)` like the targets (of labels: a score for each of `classes_`), and
-          with `return_std` the standard deviation of each output, `(m,)`: it is the same for all.
+          `(m,)` or `(m, C)` like the targets (of labels, a score for each of `classes_`), and
+          with `return_std` the standard deviation of each output, `(m,)`; it is the same for all.
         """
         if not hasattr(self, "coefficients_"):
             raise ValueError("predict needs a fit: call fit(x, y) first.")
