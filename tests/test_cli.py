@@ -1,0 +1,238 @@
+"""The command `nt-deq`: what it computes is what the package does, and how it fails."""
+
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import neural_tangents as nt
+import numpy as np
+import pytest
+
+import nt_deq
+from nt_deq import stax
+from nt_deq_cli import COMMANDS, kernel, main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Files of data in the working directory, and the arrays in them."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    x, x2 = rng.standard_normal((13, 3)), rng.standard_normal((5, 3))
+    y = np.sin(x[:, 0])
+    arrays = {"x": x, "x2": x2, "y": y, "labels": 3 * (y > 0).astype(np.int64) + 4}
+    for name, array in arrays.items():
+        np.save(f"{name}.npy", array)
+    np.save("bad.npy", np.where(np.arange(3) == 1, np.nan, x))
+    np.save("huge.npy", 1e30 * x)
+    np.save("flat.npy", y)
+    np.savez("several.npz", x=x)
+    np.save("text.npy", np.array(["a", "b"]))
+    Path("empty.npy").write_bytes(b"")
+    return arrays
+
+
+def network(**options):
+    return stax.serial(stax.DEQ(1, **options), stax.Dense(1))[2]
+
+
+@pytest.mark.parametrize("get", ["nngp", "ntk"])
+def test_kernel(files, monkeypatch, capsys, get, x64):
+    monkeypatch.setattr(kernel, "TILE", 6)  # so that there are three, one of them smaller
+    x, x2 = files["x"], files["x2"]
+    flags = ["--get", get, "--W-std", "0.9", "--b-std", "0.2", "--activation", "erf", "--x64"]
+    kernel_fn = network(W_std=0.9, b_std=0.2, activation="erf")
+    assert main(["kernel", "x.npy", "--out", "k.npy", *flags]) == 0
+    np.testing.assert_allclose(np.load("k.npy"), kernel_fn(x, None, get), rtol=1e-12, atol=1e-12)
+    assert main(["kernel", "x.npy", "--x2", "x2.npy", "--out", "k2.npy", *flags]) == 0
+    np.testing.assert_allclose(np.load("k2.npy"), kernel_fn(x, x2, get), rtol=1e-12, atol=1e-12)
+    assert main(["kernel", "x.npy", "--out", "state.npy", "--of", "state", *flags]) == 0
+    solution = nt_deq.deq_kernel(x, W_std=0.9, b_std=0.2, activation="erf")
+    np.testing.assert_allclose(np.load("state.npy"), getattr(solution, get), rtol=1e-12, atol=1e-12)
+    printed = capsys.readouterr()
+    assert f"state.npy: {get.upper()} of z*, 13 × 13, float64." in printed.out
+    assert f"an error of at most {solution.error_bound.max():.1e}" in printed.out
+    assert "kernel: 100%" in printed.err
+
+
+def test_float32_is_the_default_and_x64_does_not_stay(files):
+    assert main(["kernel", "x.npy", "--out", "k.npy", "--x64"]) == 0
+    assert main(["kernel", "x.npy", "--out", "k32.npy"]) == 0
+    k, k32 = np.load("k.npy"), np.load("k32.npy")
+    assert (k.dtype, k32.dtype) == (np.float64, np.float32)
+    np.testing.assert_allclose(k32, k, atol=1e-5)
+    assert nt_deq.deq_kernel(files["x"], W_std=0.5).nngp.dtype == np.float32
+
+
+def test_predict(files, x64):
+    x, y, x2 = files["x"], files["y"], files["x2"]
+    flags = ["--get", "nngp", "--diag-reg", "0.01", "--W-std", "0.7", "--x64"]
+    words = ["predict", "x.npy", "y.npy", "x2.npy", "--out", "mean.npy", "--std", "std.npy"]
+    assert main([*words, *flags]) == 0
+    ridge = 0.01 * np.diag(network(W_std=0.7)(x, None, "nngp")).mean()
+    wanted = nt_deq.gp.posterior(network(W_std=0.7), x, y, ridge, x2)
+    np.testing.assert_allclose(np.load("mean.npy"), wanted.mean, rtol=1e-9)
+    np.testing.assert_allclose(np.load("std.npy"), np.sqrt(wanted.variance), rtol=1e-7)
+
+
+def test_predict_labels(files, capsys):
+    assert main(["predict", "x.npy", "labels.npy", "x.npy", "--out", "found.npy"]) == 0
+    np.testing.assert_array_equal(np.load("found.npy"), files["labels"])
+    assert "labels of 2 for 13 inputs" in capsys.readouterr().out
+
+
+def test_compare(files, capsys):
+    words = ["compare", "x.npy", "y.npy", "--widths", "128,16", "--networks", "2", "--steps", "20"]
+    assert main(words) == 0
+    table, note = capsys.readouterr().out.split("\n\n")
+    rows = [[float(cell) for cell in line.split()] for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == [16, 128]
+    for _, before, after, infinite, distance in rows:
+        assert after < before
+        assert infinite < before
+        assert 0 < distance < 1
+    assert rows[1][4] < rows[0][4] / 1.5  # 1/√width would be 2.8
+    assert abs(rows[1][2] - rows[1][3]) < 0.1 * (rows[1][1] - rows[1][3])
+    assert "20 steps" in note
+    assert "on 11 inputs, 2 for testing" in note
+    ntk = network(W_std=0.6)(np.float32(files["x"][:11]), None, "ntk")
+    rate = float(nt.predict.max_learning_rate(ntk, y_train_size=11)) / 8
+    assert f"learning rate {rate:.4g}" in note
+
+
+def test_compare_has_data_of_its_own(capsys):
+    assert main(["compare", "--widths", "16", "--networks", "1", "--steps", "3"]) == 0
+    assert "on 20 inputs, 20 for testing" in capsys.readouterr().out
+
+
+def test_phase(files, capsys):
+    assert main(["phase", "--W-stds", "0.4,1,1.4,1.5"]) == 0
+    table, note = capsys.readouterr().out.split("\n\n")
+    rows = [line.split() for line in table.splitlines()[2:]]
+    assert rows == [  # relu: W_std²/2, and 2 W_std
+        ["0.4", "0.0800", "0.8000", "yes", "yes"],
+        ["1", "0.5000", "2.0000", "no", "yes"],
+        ["1.4", "0.9800", "2.8000", "no", "yes"],
+        ["1.5", "1.1250", "3.0000", "no", "no"],
+    ]
+    assert "W_std < 1.414; at and beyond it none has" in note
+    assert main(["phase", "x.npy", "--activation", "tanh", "--W-stds", "1.2"]) == 0
+    rate = nt_deq.theory.local_contraction(np.float32(files["x"]), W_std=1.2, activation="tanh")
+    assert f" {rate.max():.4f} " in capsys.readouterr().out
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name in ("nt-deq", "jax", "neural-tangents", "devices", "float64"):
+        assert f"\n{name} " in out
+    assert "cpu:0" in out
+    assert out.count("in place") + out.count("not needed") == len(nt_deq._compat.bridges())
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "message"),
+    [
+        (2, "kernel none.npy --out k.npy", "none.npy: there is no such file"),
+        (2, "kernel empty.npy --out k.npy", "empty.npy cannot be read as a .npy file"),
+        (2, "kernel several.npz --out k.npy", "several.npz has several arrays"),
+        (2, "kernel text.npy --out k.npy", "text.npy has <U1"),
+        (2, "kernel flat.npy --out k.npy", "flat.npy has shape (13,): inputs are (n, d)"),
+        (2, "kernel bad.npy --out k.npy", "bad.npy has NaN or infinite values in 13 of 13 rows"),
+        (2, "kernel x.npy --out no/k.npy", "no/k.npy cannot be written: there is no directory no"),
+        (2, "kernel x.npy --out .", "cannot be written: name another file"),
+        (2, "kernel x.npy --out k.npy --W-std -1", "--W-std=-1.0 has to be a finite standard"),
+        (2, "kernel x.npy --out k.npy --activation rely", "activation='rely' is unknown"),
+        (1, "kernel x.npy --out k.npy --W-std 1.5", "W_std=1.5 with activation='relu'"),
+        (2, "predict x.npy y.npy x.npy --out p.npy --diag-reg -1", "diag_reg=-1.0 has to be"),
+        (2, "predict x.npy x2.npy x.npy --out p.npy", "x2.npy has float64 of shape (5, 3): 13"),
+        (2, "predict x.npy y.npy x.npy --out p.npy --std p.npy", "--std=p.npy is --out too"),
+        (1, "predict x.npy y.npy x2.npy --out p.npy --W-std 1.5", "W_std=1.5 with activation"),
+        (2, "compare x.npy", "x.npy has no targets beside it"),
+        (1, "compare --W-std 1.45 --widths 4 --steps 1", "W_std=1.45 with activation"),
+        (2, "phase bad.npy", "bad.npy has NaN"),
+    ],
+)
+def test_mistakes_are_one_line(files, capsys, code, words, message):
+    assert main(words.split()) == code
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.split("\n") if line and "\rkernel:" not in line]  # the bar
+    assert line.startswith("nt-deq: error: ")
+    assert message in line
+    assert out == ""
+    assert not {path.name for path in Path().iterdir()} & {"k.npy", "p.npy"}
+    assert not list(Path().glob(".*"))  # nothing half written
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("kernels", "invalid choice: 'kernels'"),
+        ("kernel x.npy", "the following arguments are required: --out"),
+        ("kernel x.npy --out k.npy --get both", "argument --get: invalid choice: 'both'"),
+        ("kernel x.npy --out k.npy --W_std 1", "unrecognized arguments: --W_std 1"),
+        ("compare --widths 0,4", "argument --widths: invalid list of widths value: '0,4'"),
+        ("compare --steps 0", "argument --steps: invalid positive integer value: '0'"),
+        ("phase --W-stds 1,x", "argument --W-stds: invalid list of standard deviations value"),
+    ],
+)
+def test_bad_flags_are_one_line(capsys, words, message):
+    with pytest.raises(SystemExit) as raised:
+        main(words.split())
+    assert raised.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("nt-deq: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_interruption(files, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nt_deq, "deq_kernel", interrupt)
+    Path("k.npy").write_text("before")
+    assert main(["kernel", "x.npy", "--out", "k.npy"]) == 130
+    assert capsys.readouterr().err.endswith("nt-deq: error: interrupted; nothing was written.\n")
+    assert Path("k.npy").read_text() == "before"
+    assert not list(Path().glob(".*"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(capsys, command):
+    with pytest.raises(SystemExit) as raised:
+        main([command, "--help"])
+    assert raised.value.code == 0
+    out = capsys.readouterr().out
+    assert "\nexamples:\n  nt-deq " + command in out
+    for line in out.split("examples:\n")[1].splitlines():
+        assert line.startswith(f"  nt-deq {command}")
+
+
+def test_the_program_and_that_its_help_does_not_import_jax():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    module, name = project["project"]["scripts"]["nt-deq"].split(":")
+    assert getattr(importlib.import_module(module), name) is main
+    assert module in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    program = (
+        f"import sys, {module}\n"
+        f"try: {module}.{name}(['--help'])\n"
+        "finally: print(sorted({'jax', 'nt_deq', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "exit codes: 0 done" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+    done = subprocess.run(
+        [sys.executable, "-m", "nt_deq_cli", "kernel", "nowhere.npy", "--out", "k.npy"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "nt-deq: error: nowhere.npy: there is no such file.\n"
