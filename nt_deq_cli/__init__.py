@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        _tell("interrupted; nothing was written.")
+        _tell("interrupted; files are as they were.")
         return INTERRUPTED
     except (InputError, OSError) as error:
         _tell(error)

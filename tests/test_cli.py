@@ -198,7 +198,7 @@ def test_interruption(files, monkeypatch, capsys):
     monkeypatch.setattr(nt_deq, "deq_kernel", interrupt)
     Path("k.npy").write_text("before")
     assert main(["kernel", "x.npy", "--out", "k.npy"]) == 130
-    assert capsys.readouterr().err.endswith("nt-deq: error: interrupted; nothing was written.\n")
+    assert capsys.readouterr().err.endswith("nt-deq: error: interrupted; files are as they were.\n")
     assert Path("k.npy").read_text() == "before"
     assert not list(Path().glob(".*"))
 
