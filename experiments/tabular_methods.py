@@ -131,7 +131,7 @@ def forest(grid: Grid, x, y, train, test, seed: int) -> Outcome:
 def mlp(grid: Grid, x, y, train, test, seed: int) -> Outcome:
     """A multi-layer perceptron, trained by Adam; of equally good ones the first."""
     model = MLPClassifier(random_state=seed)
-    search = GridSearchCV(model, dict(grid), cv=inner_folds(y[train], seed))
+    search: Any = GridSearchCV(model, dict(grid), cv=inner_folds(y[train], seed))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the budget is a part of the method
         search.fit(x[train], y[train])

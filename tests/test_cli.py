@@ -9,6 +9,7 @@ from pathlib import Path
 import neural_tangents as nt
 import numpy as np
 import pytest
+from marks import slow_except
 
 import nt_deq
 from nt_deq import stax
@@ -40,7 +41,7 @@ def network(**options):
     return stax.serial(stax.DEQ(1, **options), stax.Dense(1))[2]
 
 
-@pytest.mark.parametrize("get", ["nngp", "ntk"])
+@pytest.mark.parametrize("get", slow_except(["ntk"], ["nngp", "ntk"]))
 def test_kernel(files, monkeypatch, capsys, get, x64):
     monkeypatch.setattr(kernel, "TILE", 6)  # so that there are three, one of them smaller
     x, x2 = files["x"], files["x2"]
@@ -79,6 +80,7 @@ def test_predict(files, x64):
     np.testing.assert_allclose(np.load("std.npy"), np.sqrt(wanted.variance), rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_predict_labels(files, capsys):
     assert main(["predict", "x.npy", "labels.npy", "x.npy", "--out", "found.npy"]) == 0
     np.testing.assert_array_equal(np.load("found.npy"), files["labels"])
@@ -104,6 +106,7 @@ def test_compare(files, capsys):
     assert f"learning rate {rate:.4g}" in note
 
 
+@pytest.mark.slow
 def test_compare_has_data_of_its_own(capsys):
     assert main(["compare", "--widths", "16", "--networks", "1", "--steps", "3"]) == 0
     assert "on 20 inputs, 20 for testing" in capsys.readouterr().out
