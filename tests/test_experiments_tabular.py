@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from marks import slow_except
 from scipy import stats
 from sklearn.datasets import load_iris
 from sklearn.pipeline import make_pipeline
@@ -91,7 +92,7 @@ def test_measures():
     assert c["mean_accuracy"] == pytest.approx(0.755)
 
 
-@pytest.mark.parametrize("d", [8, 13])
+@pytest.mark.parametrize("d", slow_except([13], [8, 13]))
 def test_kernels_do_not_depend_on_added_features(d):
     x = np.random.default_rng(0).standard_normal((7, d))
     with jax.enable_x64(True):
