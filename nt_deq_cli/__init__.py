@@ -47,7 +47,8 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(BAD_INPUT)
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser(
         prog="nt-deq",
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code. Words that cannot be parsed, `--help` and `--version` raise `SystemExit`.
     """
-    args = _make_parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         args.run(args)
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The command `nt-deq`: what it computes is what the package does, and how it fails."""
 
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,7 @@ from marks import slow_except
 
 import nt_deq
 from nt_deq import stax
-from nt_deq_cli import COMMANDS, kernel, main
+from nt_deq_cli import COMMANDS, kernel, main, make_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -239,3 +240,11 @@ def test_the_program_and_that_its_help_does_not_import_jax():
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "nt-deq: error: nowhere.npy: there is no such file.\n"
+
+
+def test_the_commands_of_the_documentation_can_be_parsed():
+    commands = re.findall(r"^nt-deq (.+)$", (ROOT / "docs" / "cli.md").read_text(), re.M)
+    commands += re.findall(r"`nt-deq ([a-z]+ .+?)`", (ROOT / "README.md").read_text())
+    assert {command.split()[0] for command in commands} == set(COMMANDS)
+    for command in commands:
+        make_parser().parse_args(command.split())
