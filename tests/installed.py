@@ -6,6 +6,7 @@ tests, which would find the checkout.
 
 import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,4 +33,6 @@ assert abs(ntk - -0.0730514147) < 1e-6, ntk  # by quadrature
 predict_fn = nt.predict.gradient_descent_mse_ensemble(kernel_fn, x, x[:, :1], diag_reg=0.0)
 assert abs(predict_fn(x_test=x, get="ntk") - x[:, :1]).max() < 1e-4
 assert not {"tensorflow", "sklearn", "matplotlib"} & sys.modules.keys()
+command = [Path(sys.executable).parent / "nt-deq", "info"]
+assert version in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 print(f"nt-deq {version} works from {package}")
