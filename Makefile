@@ -9,7 +9,7 @@ RUN := .venv/bin/python -m
 # version, and versions in between, where neural-tangents needs other bridges than at either end.
 JAX_VERSIONS := 0.5.3 0.7.2 0.9.2
 
-.PHONY: demo test test-all test-versions lint docs dist bench clean
+.PHONY: demo test test-all test-versions lint docs notebooks dist bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
@@ -20,7 +20,7 @@ test: .venv/.ready
 	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) pytest -n 2 -m "not slow"
 
 # As users run it: with every optimisation.
-test-all: .venv/.ready test-versions
+test-all: .venv/.notebooks test-versions
 	$(RUN) pytest -n 2
 
 test-versions: $(JAX_VERSIONS:%=test-jax-%)
@@ -36,6 +36,9 @@ lint: .venv/.types
 # Material announces its successor at every start.
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+
+notebooks: .venv/.notebooks
+	$(RUN) pytest -n 2 tests/test_notebooks.py
 
 # The wheel, made of the sdist and installed into an empty environment, works there.
 dist: .venv/.ready
