@@ -16,7 +16,7 @@ MODULES = [f"nt_deq.{name}" for name in ("flax", "gp", "gpjax", "iterations", "l
 MODULES += [f"nt_deq.{name}" for name in ("sklearn", "stax", "theory", "tinygp")]
 
 
-@pytest.mark.parametrize("page", slow_except(PAGES - {"tutorial.md"}, sorted(PAGES)))
+@pytest.mark.parametrize("page", slow_except(PAGES - {"tutorial.md", "faq.md"}, sorted(PAGES)))
 def test_page_runs(page):
     x64 = jax.config.jax_enable_x64
     try:
