@@ -18,16 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import jax
 import numpy as np
-from neural_tangents import stax
 from sklearn.metrics.pairwise import rbf_kernel
 from tqdm import tqdm
 
 from experiments import generalization_report, interpolation, launch
 from experiments.data import Dataset, DataSettings, load
 from experiments.errors import InputError
-from experiments.kernel_regression import REGULARISATION, Kernel, regress, solve, tiled
+from experiments.kernel_regression import REGULARISATION, Kernel, deq, explicit, regress, solve
 from experiments.launch import flag
 from experiments.network import Architecture
 from experiments.workdir import Workdir
@@ -104,27 +102,6 @@ def noisy_labels(labels: np.ndarray, classes: int, noise: float, seed: int) -> n
     labels = labels.copy()
     labels[wrong] = (labels[wrong] + rng.integers(1, classes, len(wrong))) % classes
     return labels
-
-
-@jax.jit  # of W_std too: all share a program
-def _deq_tile(x1, x2, W_std):
-    return Architecture(W_std, 1.0, 0.0, "relu").kernel_fn(1)(x1, x2, ("nngp", "ntk"))
-
-
-@partial(jax.jit, static_argnames="depth")
-def _explicit_tile(x1, x2, depth):
-    layers = [stax.Dense(1, W_std=2**0.5), stax.Relu()] * depth
-    return stax.serial(*layers, stax.Dense(1))[2](x1, x2, ("nngp", "ntk"))
-
-
-def deq(get: str, W_std: float) -> Kernel:
-    """The NNGP kernel or the NTK of an infinitely wide ReLU DEQ."""
-    return tiled(lambda x1, x2: getattr(_deq_tile(x1, x2, W_std), get))
-
-
-def explicit(get: str, depth: float) -> Kernel:
-    """The same of a ReLU network with `depth` hidden layers and He's variances."""
-    return tiled(lambda x1, x2: getattr(_explicit_tile(x1, x2, int(depth)), get))
 
 
 def rbf(length: float) -> Kernel:

@@ -6,14 +6,17 @@ Kernels are float64 and computed tile by tile, so that two matrices of `n × n` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from neural_tangents import stax
 from scipy import linalg
 
 from experiments.errors import TrainingError
+from experiments.network import Architecture
 from experiments.workdir import Arrays
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -43,6 +46,27 @@ def tiled(tile: Callable[[Any, Any], Any]) -> Kernel:
         return out
 
     return kernel
+
+
+@partial(jax.jit, static_argnames="get")  # of W_std: all share a program
+def _deq_tile(x1, x2, W_std, get):
+    return Architecture(W_std, 1.0, 0.0, "relu").kernel_fn(1)(x1, x2, get)
+
+
+@partial(jax.jit, static_argnames=("depth", "get"))
+def _explicit_tile(x1, x2, depth, get):
+    layers = [stax.Dense(1, W_std=2**0.5), stax.Relu()] * depth
+    return stax.serial(*layers, stax.Dense(1))[2](x1, x2, get)
+
+
+def deq(get: str, W_std: float) -> Kernel:
+    """The NNGP kernel or the NTK of an infinitely wide ReLU DEQ."""
+    return tiled(partial(_deq_tile, W_std=W_std, get=get))
+
+
+def explicit(get: str, depth: float) -> Kernel:
+    """The same of a ReLU network with `depth` hidden layers and He's variances."""
+    return tiled(partial(_explicit_tile, depth=int(depth), get=get))
 
 
 def _padded(x: np.ndarray) -> tuple[Any, int]:

@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from neural_tangents import stax
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import pairwise
@@ -18,8 +16,8 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from experiments.kernel_regression import Kernel, tiled
-from experiments.network import Architecture
+from experiments import kernel_regression
+from experiments.kernel_regression import Kernel
 
 INNER_FOLDS = 3  # of the training data, by which hyper-parameters are chosen
 COSTS = (0.1, 1.0, 10.0, 100.0, 1000.0)  # C of a support vector machine, for a mean k(x, x) of 1
@@ -44,17 +42,6 @@ class Outcome(NamedTuple):
     chosen: str
 
 
-@partial(jax.jit, static_argnames="get")  # of W_std: all share a program
-def _deep_tile(x1, x2, W_std, get):
-    return Architecture(W_std, 1.0, 0.0, "relu").kernel_fn(1)(x1, x2, get)
-
-
-@partial(jax.jit, static_argnames="depth")
-def _explicit_tile(x1, x2, depth):
-    layers = [stax.Dense(1, W_std=2**0.5), stax.Relu()] * depth
-    return stax.serial(*layers, stax.Dense(1))[2](x1, x2, "ntk")
-
-
 def _to_few_sizes(x: np.ndarray) -> np.ndarray:
     """Adds features of zeros, so that programs are compiled for few sizes; keeps `x·x'/d`."""
     d = x.shape[1]
@@ -62,9 +49,7 @@ def _to_few_sizes(x: np.ndarray) -> np.ndarray:
     return np.pad(x, ((0, 0), (0, size - d))) * (size / d) ** 0.5
 
 
-def _network_kernel(tile: Callable[[Any, Any], Any]) -> Kernel:
-    kernel = tiled(tile)
-
+def _of_few_sizes(kernel: Kernel) -> Kernel:
     def padded(x1, x2):
         padded1 = _to_few_sizes(x1)
         return kernel(padded1, padded1 if x1 is x2 else _to_few_sizes(x2))
@@ -74,12 +59,12 @@ def _network_kernel(tile: Callable[[Any, Any], Any]) -> Kernel:
 
 def deep(get: str, W_std: float) -> Kernel:
     """The NNGP kernel or the NTK of an infinitely deep ReLU network."""
-    return _network_kernel(partial(_deep_tile, W_std=W_std, get=get))
+    return _of_few_sizes(kernel_regression.deq(get, W_std))
 
 
 def explicit(depth: int) -> Kernel:
     """The NTK of a ReLU network with `depth` hidden layers and He's variances."""
-    return _network_kernel(partial(_explicit_tile, depth=depth))
+    return _of_few_sizes(kernel_regression.explicit("ntk", depth))
 
 
 def rbf(shape: float) -> Kernel:

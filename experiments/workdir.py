@@ -7,12 +7,13 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from nt_deq_cli.arrays import whole
 
 Arrays = dict[str, np.ndarray]
 
@@ -95,12 +96,5 @@ class Workdir:
     def _whole(self, file: Path) -> Iterator[Path]:
         """A file to write to that takes its place when it is complete."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        try:
+        with whole(file) as temporary:
             yield temporary
-            temporary.chmod(0o644)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ def check_writable(path: str) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: str) -> Iterator[Path]:
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file to write to that takes the place of `path` when it is complete."""
     handle, name = tempfile.mkstemp(dir=Path(path).parent, prefix=f".{Path(path).name}.")
     os.close(handle)
