@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from experiments.errors import InputError
 from experiments.launch import flag
 from experiments.network import Architecture
 from experiments.workdir import Arrays, Workdir
+from nt_deq._compat import enable_x64
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def train(
       InputError, NoEquilibriumError, NotConvergedError, TrainingError: the message says why.
     """
     data = load(settings.data, settings.data_dir, settings.n_train, settings.n_test, settings.seed)
-    with jax.enable_x64(settings.float64):
+    with enable_x64(settings.float64):
         limit = _infinite(settings, data, workdir)
         learning_rate, bound = float(limit["learning_rate"]), float(limit["max_learning_rate"])
         if learning_rate >= bound:

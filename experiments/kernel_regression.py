@@ -18,6 +18,7 @@ from scipy import linalg
 from experiments.errors import TrainingError
 from experiments.network import Architecture
 from experiments.workdir import Arrays
+from nt_deq._compat import enable_x64
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -33,7 +34,7 @@ def tiled(tile: Callable[[Any, Any], Any]) -> Kernel:
 
     def kernel(x1, x2):
         out = np.empty((len(x1), len(x2)))
-        with jax.enable_x64(True):
+        with enable_x64(True):
             for i in range(0, len(x1), TILE):
                 rows, real_rows = _padded(x1[i : i + TILE])
                 # A kernel is symmetric: of inputs with themselves, tiles above the diagonal do.

@@ -28,6 +28,7 @@ from experiments.errors import InputError
 from experiments.launch import flag
 from experiments.random_networks import ACTIVATIONS, CALL, output_moments, relative_error
 from experiments.workdir import Workdir
+from nt_deq._compat import enable_x64
 
 DEPTHS = (1, 2, 3, 5, 10, 30)
 MLP_DEPTHS = (1, 4, 16, 64)
@@ -116,7 +117,7 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> dict[str, 
     x = settings.inputs(settings.inputs_count)
     limit = settings.limit(x, activation)
     options = {"W_std": settings.W_std, "U_std": settings.U_std, "activation": activation}
-    with jax.enable_x64(True):
+    with enable_x64(True):
 
         def of_depths(depths):
             kernels = theory.depth_kernels(jnp.asarray(x), depths=depths, **options)
@@ -150,7 +151,7 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> dict[str, 
 def measure_mlp(settings: Settings, workdir: Workdir) -> dict[str, Any]:
     """Measures the MLP without injection."""
     x = settings.inputs(settings.inputs_count)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         by_depth = np.asarray(theory.mlp_kernels(jnp.asarray(x), depths=MLP_DEPTHS))
         kernels = np.asarray(theory.mlp_kernels(jnp.asarray(x), depths=MLP_KERNEL_DEPTHS))
         asymptote = np.asarray(theory.mlp_correlation_gap(jnp.array(MLP_KERNEL_DEPTHS)))

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from experiments import launch, report
 from experiments.launch import flag
 from experiments.random_networks import FEATURES
 from experiments.workdir import Workdir
+from nt_deq._compat import enable_x64
 
 PHI: dict[str, tuple[Callable, Callable]] = {  # φ and φ'
     "tanh": (np.tanh, lambda z: 1 / np.cosh(z) ** 2),
@@ -88,7 +88,7 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> list[dict[
         inputs |= {k: v for k, v in dataclasses.asdict(settings).items() if k != "points"}
         networks, _ = workdir.part(f"{activation}-W_std-{W_std:.4g}", inputs, compute)
         options = {"W_std": W_std, "U_std": settings.U_std, "activation": activation}
-        with jax.enable_x64(True):
+        with enable_x64(True):
             local = np.asarray(theory.local_contraction(jnp.asarray(x), **options))
             stable = bool((local < 1).all())
             rate = np.max(theory.convergence_rate(jnp.asarray(x), **options)) if stable else None

@@ -24,6 +24,7 @@ from experiments import launch
 from experiments.errors import TrainingError
 from experiments.launch import flag
 from experiments.workdir import Arrays, Workdir
+from nt_deq._compat import enable_x64
 from nt_deq.activations import get_activation
 
 ACTIVATIONS = ("tanh", "relu")
@@ -55,7 +56,7 @@ def output_kernels(
     x: np.ndarray, *, W_std: float, U_std: float, b_std: float = 0.0, activation: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """`Σ*` and the NTK of an output at infinite width, float64, `(m, m)` each."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         k = nt_deq.deq_kernel(
             jnp.asarray(x), W_std=W_std, U_std=U_std, b_std=b_std, activation=activation
         )

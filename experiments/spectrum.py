@@ -14,7 +14,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,6 +22,7 @@ from experiments import launch, random_networks, report
 from experiments.launch import flag
 from experiments.random_networks import ACTIVATIONS, output_kernels
 from experiments.workdir import Workdir
+from nt_deq._compat import enable_x64
 
 PUBLISHED = {  # λ_min of E[φφᵀ] of one network, by width
     "tanh": {
@@ -111,7 +111,7 @@ def exceptions(settings: Settings) -> dict[str, dict[str, Any]]:
 
 def _mlp(settings: Settings) -> list[dict[str, Any]]:
     x = settings.inputs(settings.inputs_count)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         kernels = theory.mlp_kernels(jnp.asarray(x), depths=MLP_DEPTHS)
     # As the covariance of an output, as Σ* is: with W_std² = 2 the next layer's, over 2.
     return [_smallest(np.asarray(kernel) / 2) for kernel in kernels]

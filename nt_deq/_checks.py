@@ -14,17 +14,19 @@ def is_traced(*values) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
-def standard_deviation(name: str, value) -> None:
-    """Raises unless `value` is a finite scalar of at least 0 (a traced one: a scalar)."""
-    if np.ndim(value) != 0:
-        raise ValueError(
-            f"{name} has shape {np.shape(value)}; it is one standard deviation: pass a scalar "
-            "(jax.vmap maps over several)."
-        )
-    if not is_traced(value) and not (np.isreal(value) and np.isfinite(value) and value >= 0):
-        raise ValueError(
-            f"{name}={value} has to be a finite standard deviation of at least 0 (not a variance)."
-        )
+def standard_deviations(**values) -> None:
+    """Raises unless every value is a finite scalar of at least 0 (a traced one: a scalar)."""
+    for name, value in values.items():
+        if np.ndim(value) != 0:
+            raise ValueError(
+                f"{name} has shape {np.shape(value)}; it is one standard deviation: pass a scalar "
+                "(jax.vmap maps over several)."
+            )
+        if not is_traced(value) and not (np.isreal(value) and np.isfinite(value) and value >= 0):
+            raise ValueError(
+                f"{name}={value} has to be a finite standard deviation of at least 0 (not a "
+                "variance)."
+            )
 
 
 def inputs(name: str, x) -> Array:
@@ -47,6 +49,20 @@ def inputs(name: str, x) -> Array:
                 f"row {bad[0]}); drop or impute them."
             )
     return x
+
+
+def input_pair(x1, x2) -> tuple[Array, Array | None]:
+    """Returns `x1 (n1, d)` and `x2 (n2, d)` or `None` as `inputs` does, of one dtype, or raises."""
+    x1 = inputs("x1", x1)
+    if x2 is None:
+        return x1, None
+    x2 = inputs("x2", x2)
+    if x1.shape[1] != x2.shape[1]:
+        raise ValueError(
+            f"x1 has {x1.shape[1]} features and x2 has {x2.shape[1]}: both need the same."
+        )
+    dtype = jnp.promote_types(x1.dtype, x2.dtype)
+    return x1.astype(dtype), x2.astype(dtype)
 
 
 def examples(name: str, x) -> None:

@@ -111,17 +111,8 @@ def deq_kernel(
     """
     activation = get_activation(activation)
     solver = get_solver(solver, activation)
-    for name, value in (("W_std", W_std), ("U_std", U_std), ("b_std", b_std)):
-        _checks.standard_deviation(name, value)
-    x1 = _checks.inputs("x1", x1)
-    if x2 is not None:
-        x2 = _checks.inputs("x2", x2)
-        if x1.shape[1] != x2.shape[1]:
-            raise ValueError(
-                f"x1 has {x1.shape[1]} features and x2 has {x2.shape[1]}: both need the same."
-            )
-        dtype = jnp.promote_types(x1.dtype, x2.dtype)
-        x1, x2 = x1.astype(dtype), x2.astype(dtype)
+    _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=b_std)
+    x1, x2 = _checks.input_pair(x1, x2)
     stds = (jnp.asarray(std, x1.dtype) for std in (W_std, U_std, b_std))
     solution, marginals = _solve(activation, solver, *stds, x1, x2)
     raise_unless_converged(activation, solver, W_std, solution.converged, *marginals)

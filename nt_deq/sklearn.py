@@ -79,8 +79,7 @@ class _DEQ(BaseEstimator):
             X, targets = X[rows], targets[rows]
         self.optimum_ = None
         values = {name: getattr(self, name) for name in ("W_std", "U_std", "b_std", "V_std")}
-        for name, value in values.items():
-            _checks.standard_deviation(name, value)
+        _checks.standard_deviations(**values)
         values["noise"] = self.noise
         if self.optimize:
             values |= self._optimize(X, targets, values, random.randint(2**31))

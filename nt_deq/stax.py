@@ -218,12 +218,7 @@ def DEQ(
       ValueError, TypeError: an argument cannot be right; the message says why.
     """
     _checks.count("width", width)
-    for name, std in (
-        ("W_std", W_std),
-        ("U_std", U_std),
-        ("b_std", 0.0 if b_std is None else b_std),
-    ):
-        _checks.standard_deviation(name, std)
+    _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=0.0 if b_std is None else b_std)
     phi = get_activation(activation)
     method = get_solver(solver, phi)
     # neural-tangents types a kernel as any tree of kernels.

@@ -43,8 +43,9 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
 
     get_activation(args.activation)
     stds = {name: getattr(args, name) for name in ("W_std", "U_std", "b_std")}
-    for name, value in stds.items():
-        _checks.standard_deviation(f"--{name.replace('_', '-')}", value)
+    _checks.standard_deviations(
+        **{f"--{name.replace('_', '-')}": value for name, value in stds.items()}
+    )
     return {**stds, "activation": args.activation}
 
 

@@ -163,8 +163,7 @@ class DEQ(FixedPoint):
         rngs: nnx.Rngs,
     ):
         _checks.count("width", width)
-        _checks.standard_deviation("W_std", W_std)
-        _checks.standard_deviation("U_std", U_std)
+        _checks.standard_deviations(W_std=W_std, U_std=U_std)
         phi = get_activation(activation)
         if not _checks.is_traced(W_std):
             _check_stability(float(W_std), phi)

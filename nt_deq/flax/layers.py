@@ -24,9 +24,7 @@ class _Linear(nnx.Module):
     """`W_std/√fan_in · (x ∗ W) + b_std · b`, for a product `∗` that a layer defines."""
 
     def __init__(self, shape, W_std, b_std, parameterization, rngs):
-        _checks.standard_deviation("W_std", W_std)
-        if b_std is not None:
-            _checks.standard_deviation("b_std", b_std)
+        _checks.standard_deviations(W_std=W_std, b_std=0.0 if b_std is None else b_std)
         if parameterization not in ("ntk", "standard"):
             raise ValueError(
                 f"parameterization={parameterization!r} has to be 'ntk' or 'standard'."

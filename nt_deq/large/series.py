@@ -107,8 +107,7 @@ def deq_series(
       ValueError: an argument cannot be right; the message says why.
     """
     _checks.count("degree", degree)
-    for name, std in (("W_std", W_std), ("U_std", U_std), ("b_std", b_std), ("V_std", V_std)):
-        _checks.standard_deviation(name, std)
+    _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=b_std, V_std=V_std)
     if not (np.isfinite(mean_square) and mean_square > 0):
         raise ValueError(f"mean_square={mean_square} has to be ‖x‖²/d, finite and above 0.")
     _checks.kernel_name(get)

@@ -1,0 +1,38 @@
+"""Gaussian processes whose covariance is the kernel of an infinitely wide network.
+
+    y = f(x) + ε,     f ~ GP(0, K),     ε ~ N(0, noise),
+
+with any stax kernel for `K`: the NNGP kernel, of which this is the network with random weights, or
+the NTK. Everything is exact, by one Cholesky factor of `K + noise`, after Rasmussen & Williams
+2006, "Gaussian Processes for Machine Learning" (GPML), and differentiable: through the equilibrium
+of an infinitely deep network implicitly.
+
+All is computed in float64 where JAX's x64 mode is on, and in float32 where it is not. Nothing but
+`noise` is added to the diagonal: where `K + noise` is not positive definite to rounding you get an
+error that says so, or NaN inside `jax.jit`. What is enough is about `ε n` times the mean of the
+diagonal, with `ε` of 1e-7 in float32 and 2e-16 in float64.
+"""
+
+from __future__ import annotations
+
+from nt_deq.gp.fitting import Fit, fit, largest_W_std
+from nt_deq.gp.process import (
+    Prediction,
+    leave_one_out,
+    leave_one_out_loss,
+    log_marginal_likelihood,
+    posterior,
+    variances,
+)
+
+__all__ = [
+    "Fit",
+    "Prediction",
+    "fit",
+    "largest_W_std",
+    "leave_one_out",
+    "leave_one_out_loss",
+    "log_marginal_likelihood",
+    "posterior",
+    "variances",
+]

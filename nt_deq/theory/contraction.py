@@ -1,0 +1,110 @@
+"""When an equilibrium exists, and how fast the layers approach it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from nt_deq import _checks
+from nt_deq.activations import Activation, get_activation
+from nt_deq.kernel import deq_kernel
+from nt_deq.pointwise import marginal_map
+from nt_deq.solvers import Picard
+
+Phi = str | Activation | Callable[[Array], Array]
+
+
+def global_contraction(W_std: float, activation: Phi = "relu") -> float:
+    """Returns `2 · W_std · Lip(φ)`: below 1, every wide network has exactly one equilibrium.
+
+    The spectral norm of `W_std/√n · W` tends to `2 · W_std` (Bai & Yin 1993), so the layer then
+    contracts everywhere. It is the condition of the theorems of Gao et al. 2023, sufficient and far
+    from necessary: see `local_contraction`.
+
+    Args:
+      W_std: standard deviation of the recurrent weights.
+      activation: `φ`: a name from `nt_deq.activations`, a smooth elementwise function, or an
+        `nt_deq.Activation`.
+    """
+    _checks.standard_deviations(W_std=W_std)
+    return 2 * W_std * get_activation(activation).lipschitz
+
+
+def local_contraction(
+    x: Array,
+    *,
+    W_std: float,
+    U_std: float = 1.0,
+    b_std: float = 0.0,
+    activation: Phi = "relu",
+) -> Array:
+    """Returns `J = W_std² E[φ'(z*)²]` of every input: below 1, its equilibrium is stable.
+
+    By the circular law with a variance profile, the Jacobian `W_std/√n · W diag(φ'(z*))` of a wide
+    network has spectral radius `√J`. `J` is what `Θ* = K*/(1 - J)` (Feng & Kolter 2023) needs to be
+    below 1, and the ratio of `E|z^(l+1) - z^l|²` to that of the layer before.
+
+    Args:
+      x: inputs, `(n, d)`.
+      W_std: standard deviation of the recurrent weights.
+      U_std: standard deviation of the input weights.
+      b_std: standard deviation of the bias.
+      activation: as in `global_contraction`.
+
+    Returns:
+      `J`, `(n,)`; at 1 and above there is no stable equilibrium. NaN where the variance of `z^l`
+      has no limit at which `J` is known, and the network none either.
+    """
+    _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=b_std)
+    options = {"W_std": W_std, "U_std": U_std, "b_std": b_std}
+    options["activation"] = get_activation(activation)
+
+    def rate(row):
+        stable = deq_kernel(row[None], **options)
+        # Newton's method may leave for infinity where J > 1; plain iteration does not.
+        iterated = deq_kernel(row[None], **options, solver=Picard(max_steps=10_000)).rate
+        unstable = jnp.where(iterated >= 1, iterated, jnp.nan)
+        return jnp.where(stable.converged[0, 0], stable.rate, unstable)
+
+    return jax.vmap(rate)(_checks.inputs("x", x))
+
+
+def convergence_rate(
+    x: Array,
+    *,
+    W_std: float,
+    U_std: float = 1.0,
+    b_std: float = 0.0,
+    activation: Phi = "relu",
+) -> Array:
+    """Returns the factor by which a layer brings `K^l` closer to `K*`, for large `l`.
+
+    The error of the entry `(x, x')` is multiplied by `W_std² E[φ'φ']` (Price's theorem), that of a
+    variance by `W_std² E[φ'² + φφ'']`; an entry inherits the errors of its two variances, so its
+    rate is the largest of the three.
+
+    Args:
+      x: inputs, `(n, d)`.
+      W_std: standard deviation of the recurrent weights.
+      U_std: standard deviation of the input weights.
+      b_std: standard deviation of the bias.
+      activation: as in `global_contraction`.
+
+    Returns:
+      `(n, n)`; on the diagonal the rate of the variance.
+
+    Raises:
+      NoEquilibriumError, NotConvergedError: there is no `K*`, as in `nt_deq.deq_kernel`.
+    """
+    phi, x = get_activation(activation), _checks.inputs("x", x)
+    k = deq_kernel(x, W_std=W_std, U_std=U_std, b_std=b_std, activation=phi).nngp
+    variance = jnp.diagonal(k)
+    W_var = jnp.asarray(W_std, x.dtype) ** 2
+    by_covariance = W_var * phi.dual(variance[:, None], variance[None, :], k)[1]
+    by_variance = jnp.abs(marginal_map(phi, variance, W_var, jnp.zeros_like(variance))[1])
+    inherited = jnp.maximum(by_variance[:, None], by_variance[None, :])
+    diagonal = jnp.eye(len(x), dtype=bool)
+    return jnp.where(diagonal, inherited, jnp.maximum(jnp.abs(by_covariance), inherited))
