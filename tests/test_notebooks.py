@@ -10,11 +10,12 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 EXPECTED = {  # what is printed, and where its numbers lie
     "nt_deq": {r"([\d.]+)% of 797 held-out digits": (97, 100), r"slope −?(-?[\d.]+)": (-0.6, -0.3)},
     "hyperparameters": {
-        r"converged: (True)": None,
-        r"noise ([\d.]+); true": (0.15, 0.25),
-        r"(\d+)% of the observations": (85, 100),
+        r"W_std +([\d.]+) ": (1.0, 1.35),  # true: 1.25, and one standard error
+        r"noise +([\d.]+) ": (0.0017, 0.0033),  # true: 0.0025
+        r"(\d+)% of 40 points": (85, 100),
     },
 }
+PICTURES = {"nt_deq": 4, "hyperparameters": 5}
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -27,8 +28,8 @@ def check(cells, name):
     text = "".join("".join(output["text"]) for output in streams)
     for pattern, bounds in EXPECTED[name].items():
         (found,) = re.findall(pattern, text)
-        assert bounds is None or bounds[0] <= float(found) <= bounds[1], (pattern, found)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+        assert bounds[0] <= float(found) <= bounds[1], (pattern, found)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == PICTURES[name]
 
 
 @every_notebook
