@@ -4,6 +4,8 @@
 PYTHON ?= python3
 UV := .venv/bin/uv
 RUN := .venv/bin/python -m
+# Most of the time of small tests goes into optimising programs that run once.
+QUICK := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN)
 
 # Tested besides the locked JAX: the floor, where every direct dependency is at its lowest allowed
 # version, and versions in between, where neural-tangents needs other bridges than at either end.
@@ -15,9 +17,8 @@ JAX_VERSIONS := 0.5.3 0.7.2 0.9.2
 demo: .venv/.ready
 	$(RUN) experiments.compare --workdir=out/demo
 
-# Most of the time of the small tests goes into optimising programs that run once.
 test: .venv/.ready
-	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN) pytest -n 2 -m "not slow"
+	$(QUICK) pytest -n 2 -m "not slow"
 
 # As users run it: with every optimisation.
 test-all: .venv/.notebooks test-versions
@@ -33,9 +34,10 @@ lint: .venv/.types
 	$(RUN) ruff format --check
 	$(RUN) pyright
 
-# Material announces its successor at every start.
+# Built, and all of its code run. Material announces its successor at every start.
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+	$(QUICK) pytest -n 2 tests/test_docs.py tests/test_readme.py
 
 notebooks: .venv/.notebooks
 	$(RUN) pytest -n 2 tests/test_notebooks.py

@@ -185,7 +185,8 @@ class DEQRegressor(RegressorMixin, _DEQ):
       optimum_: the `nt_deq.gp.Fit`, or `None`.
       log_marginal_likelihood_: in nats, of the (subset of the) targets as scaled.
       X_train_: inputs.
-      n_features_in_, feature_names_in_: as always.
+      n_features_in_: number of features.
+      feature_names_in_: their names, where the inputs have them.
     """
 
     def __sklearn_tags__(self):

@@ -7,7 +7,6 @@ from pkgutil import resolve_name
 import jax
 import pytest
 from documents import ROOT, run_python
-from marks import slow_except
 
 import nt_deq
 
@@ -16,7 +15,8 @@ MODULES = [f"nt_deq.{name}" for name in ("flax", "gp", "gpjax", "iterations", "l
 MODULES += [f"nt_deq.{name}" for name in ("sklearn", "stax", "theory", "tinygp")]
 
 
-@pytest.mark.parametrize("page", slow_except(PAGES - {"tutorial.md", "faq.md"}, sorted(PAGES)))
+@pytest.mark.slow  # make docs runs them
+@pytest.mark.parametrize("page", sorted(PAGES))
 def test_page_runs(page):
     x64 = jax.config.jax_enable_x64
     try:

@@ -3,9 +3,11 @@
 import re
 
 import numpy as np
+import pytest
 from documents import ROOT, blocks, run_python
 
 
+@pytest.mark.slow  # make docs runs it
 def test_python_blocks_run():
     namespace = run_python("README.md")
     assert namespace["covariance"].shape == (20, 20)

@@ -21,7 +21,8 @@ Loss = Literal["marginal_likelihood", "leave_one_out"]
 
 _SPREAD = 2.0  # standard deviation of the starts around the first: a factor of 7, up and down
 _GRADIENT = 1e-3  # of the loss, in nats, at which a search has ended
-_GAIN = 1e-4  # of the last four steps, in nats, likewise
+_GAIN = 1e-3  # of the last four steps, in nats, likewise
+_CONDITION = 1e-3  # least curvature that a search begins with, relative to the largest
 _FLAT = 1e-3  # curvature, in nats, below which the data do not determine a parameter
 
 
@@ -86,9 +87,10 @@ def fit(
     """Finds the hyper-parameters of a kernel, and the noise, that explain the data best.
 
     BFGS (SciPy's) in unconstrained coordinates, from `start` and from `restarts` random places
-    around it. Loss and gradient are one program, compiled once for a `make_kernel` and a shape of
-    the data: pass the same function again to use it again. A place without an equilibrium, or where
-    `K + noise` is not positive definite, is none that a step goes to.
+    around it, with the curvature that the loss has there. Loss and gradient are one program,
+    compiled once for a `make_kernel` and a shape of the data: pass the same function again to use
+    it again. A place without an equilibrium, or where `K + noise` is not positive definite, is none
+    that a step goes to.
 
         def make_kernel(p):
             return stax.serial(stax.DEQ(1, p["W_std"], b_std=p["b_std"]), stax.Dense(1))[2]
@@ -144,10 +146,12 @@ def fit(
                 raise StopIteration
 
         options = {"maxiter": max_steps, "gtol": _GRADIENT / y.size}
+        options["hess_inv0"] = _inverse_curvature(_hessian(evaluate, place, resolution))
         return optimize.minimize(
             evaluate, place, jac=True, method="BFGS", callback=stop, options=options
         )
 
+    resolution = float(jnp.finfo(x.dtype).eps)
     ends = [search(place) for place in places]
     losses = y.size * np.array([end.fun for end in ends])
     best = ends[int(losses.argmin())]
@@ -155,7 +159,6 @@ def fit(
         _LOSSES[loss](make_kernel(dict(start)), x, y, start["noise"], get)  # says what is wrong
         raise ValueError(f"loss or gradient is not finite at start={dict(start)}.")
     found = {name: float(v) for name, v in _parameters(intervals, best.x).items()}
-    resolution = float(jnp.finfo(x.dtype).eps)
     return Fit(
         found,
         float(losses.min()),
@@ -184,12 +187,27 @@ def _evaluate(make_kernel, intervals, get, loss, u, x, y):
     return jax.value_and_grad(objective)(u)
 
 
+def _hessian(evaluate, place, resolution) -> np.ndarray:
+    """The second derivatives, by central differences of the gradient."""
+    step = (1e4 * resolution) ** (1 / 3)  # where truncation is as small as rounding
+    sides = [[evaluate(place + sign * e)[1] for sign in (1, -1)] for e in step * np.eye(len(place))]
+    hessian = np.array([(above - below) / (2 * step) for above, below in sides])
+    return (hessian + hessian.T) / 2
+
+
+def _inverse_curvature(hessian) -> np.ndarray:
+    """A positive definite inverse: a search goes down where the loss bends down, too."""
+    curvatures, directions = np.linalg.eigh(hessian)
+    sizes = np.abs(curvatures)
+    if not sizes.max() > 0:  # as where there is no loss
+        return np.eye(len(hessian))
+    inverse = directions / np.maximum(sizes, _CONDITION * sizes.max()) @ directions.T
+    return (inverse + inverse.T) / 2
+
+
 def _curvature(evaluate, end, size, names, resolution):
     """`hessian`, `standard_errors`, `distance` and `converged` of a `Fit`."""
-    step = (1e4 * resolution) ** (1 / 3)  # where truncation is as small as rounding
-    sides = [[evaluate(end.x + sign * e)[1] for sign in (1, -1)] for e in step * np.eye(len(end.x))]
-    hessian = np.array([(above - below) / (2 * step) for above, below in sides])
-    hessian = size * (hessian + hessian.T) / 2
+    hessian = size * _hessian(evaluate, end.x, resolution)
     curvatures, directions = np.linalg.eigh(hessian)
     flat = max(_FLAT, resolution**0.5 * curvatures[-1])
     stiffness = np.maximum(curvatures, flat)

@@ -13,6 +13,8 @@ import optimistix
 from jax import Array
 
 FixedPointSolver = optimistix.AbstractFixedPointSolver | optimistix.AbstractRootFinder
+"""One of these, or any fixed-point solver or root finder of optimistix."""
+
 Memory = Any
 GROWTH = 10  # of the residual in one step, at which accelerations forget what they know
 
@@ -82,8 +84,9 @@ class Iteration(optimistix.AbstractFixedPointSolver):
     where that has eigenvalues below -1, and costs steps elsewhere.
 
     Attributes:
-      rtol, atol: a sample has converged where `|f(z) - z| <= atol + rtol |f(z)|`; `rtol=None` is 32
-        units of the last place.
+      rtol: a sample has converged where `|f(z) - z| <= atol + rtol |f(z)|`; `None` is 32 units of
+        the last place.
+      atol: likewise.
       damping: how much of `z` is kept, in [0, 1).
       norm: the norm of each sample, `(batch, ...) -> (batch,)`; by default the 2-norm.
     """
