@@ -4,6 +4,7 @@
 PYTHON ?= python3
 UV := .venv/bin/uv
 RUN := .venv/bin/python -m
+PYTEST := pytest -n 2 --dist loadgroup
 # Most of the time of small tests goes into optimising programs that run once.
 QUICK := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN)
 
@@ -18,16 +19,16 @@ demo: .venv/.ready
 	$(RUN) experiments.compare --workdir=out/demo
 
 test: .venv/.ready
-	$(QUICK) pytest -n 2 -m "not slow"
+	$(QUICK) $(PYTEST) -m "not slow"
 
 # As users run it: with every optimisation.
 test-all: .venv/.notebooks test-versions
-	$(RUN) pytest -n 2
+	$(RUN) $(PYTEST)
 
 test-versions: $(JAX_VERSIONS:%=test-jax-%)
 
 test-jax-%: .venvs/jax-%/.ready
-	.venvs/jax-$*/bin/python -m pytest -n 2 -m "smoke and not slow" -p no:cacheprovider
+	.venvs/jax-$*/bin/python -m $(PYTEST) -m "smoke and not slow" -p no:cacheprovider
 
 lint: .venv/.types
 	$(RUN) ruff check
@@ -37,10 +38,10 @@ lint: .venv/.types
 # Built, and all of its code run. Material announces its successor at every start.
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
-	$(QUICK) pytest -n 2 tests/test_docs.py tests/test_readme.py
+	$(QUICK) $(PYTEST) tests/test_docs.py tests/test_readme.py
 
 notebooks: .venv/.notebooks
-	$(RUN) pytest -n 2 tests/test_notebooks.py
+	$(RUN) $(PYTEST) tests/test_notebooks.py
 
 # The wheel, made of the sdist and installed into an empty environment, works there.
 dist: .venv/.ready

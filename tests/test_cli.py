@@ -24,7 +24,7 @@ def files(tmp_path, monkeypatch):
     """Files of data in the working directory, and the arrays in them."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
-    x, x2 = rng.standard_normal((13, 3)), rng.standard_normal((5, 3))
+    x, x2 = rng.standard_normal((14, 3)), rng.standard_normal((7, 3))
     y = np.sin(x[:, 0])
     arrays = {"x": x, "x2": x2, "y": y, "labels": 3 * (y > 0).astype(np.int64) + 4}
     for name, array in arrays.items():
@@ -44,7 +44,8 @@ def network(**options):
 
 @pytest.mark.parametrize("get", slow_except(["ntk"], ["nngp", "ntk"]))
 def test_kernel(files, monkeypatch, capsys, get, x64):
-    monkeypatch.setattr(kernel, "TILE", 6)  # so that there are three, one of them smaller
+    # Two tiles, or three of which one is smaller and takes programs of its own.
+    monkeypatch.setattr(kernel, "TILE", {"ntk": 7, "nngp": 6}[get])
     x, x2 = files["x"], files["x2"]
     flags = ["--get", get, "--W-std", "0.9", "--b-std", "0.2", "--activation", "erf", "--x64"]
     kernel_fn = network(W_std=0.9, b_std=0.2, activation="erf")
@@ -56,7 +57,7 @@ def test_kernel(files, monkeypatch, capsys, get, x64):
     solution = nt_deq.deq_kernel(x, W_std=0.9, b_std=0.2, activation="erf")
     np.testing.assert_allclose(np.load("state.npy"), getattr(solution, get), rtol=1e-12, atol=1e-12)
     printed = capsys.readouterr()
-    assert f"state.npy: {get.upper()} of z*, 13 × 13, float64." in printed.out
+    assert f"state.npy: {get.upper()} of z*, 14 × 14, float64." in printed.out
     assert f"an error of at most {solution.error_bound.max():.1e}" in printed.out
     assert "kernel: 100%" in printed.err
 
@@ -85,9 +86,10 @@ def test_predict(files, x64):
 def test_predict_labels(files, capsys):
     assert main(["predict", "x.npy", "labels.npy", "x.npy", "--out", "found.npy"]) == 0
     np.testing.assert_array_equal(np.load("found.npy"), files["labels"])
-    assert "labels of 2 for 13 inputs" in capsys.readouterr().out
+    assert "labels of 2 for 14 inputs" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare(files, capsys):
     words = ["compare", "x.npy", "y.npy", "--widths", "128,16", "--networks", "2", "--steps", "20"]
     assert main(words) == 0
@@ -101,9 +103,9 @@ def test_compare(files, capsys):
     assert rows[1][4] < rows[0][4] / 1.5  # 1/√width would be 2.8
     assert abs(rows[1][2] - rows[1][3]) < 0.1 * (rows[1][1] - rows[1][3])
     assert "20 steps" in note
-    assert "on 11 inputs, 2 for testing" in note
-    ntk = network(W_std=0.6)(np.float32(files["x"][:11]), None, "ntk")
-    rate = float(nt.predict.max_learning_rate(ntk, y_train_size=11)) / 8
+    assert "on 12 inputs, 2 for testing" in note
+    ntk = network(W_std=0.6)(np.float32(files["x"][:12]), None, "ntk")
+    rate = float(nt.predict.max_learning_rate(ntk, y_train_size=12)) / 8
     assert f"learning rate {rate:.4g}" in note
 
 
@@ -145,15 +147,15 @@ def test_info(capsys):
         (2, "kernel empty.npy --out k.npy", "empty.npy cannot be read as a .npy file"),
         (2, "kernel several.npz --out k.npy", "several.npz has several arrays"),
         (2, "kernel text.npy --out k.npy", "text.npy has <U1"),
-        (2, "kernel flat.npy --out k.npy", "flat.npy has shape (13,): inputs are (n, d)"),
-        (2, "kernel bad.npy --out k.npy", "bad.npy has NaN or infinite values in 13 of 13 rows"),
+        (2, "kernel flat.npy --out k.npy", "flat.npy has shape (14,): inputs are (n, d)"),
+        (2, "kernel bad.npy --out k.npy", "bad.npy has NaN or infinite values in 14 of 14 rows"),
         (2, "kernel x.npy --out no/k.npy", "no/k.npy cannot be written: there is no directory no"),
         (2, "kernel x.npy --out .", "cannot be written: name another file"),
         (2, "kernel x.npy --out k.npy --W-std -1", "--W-std=-1.0 has to be a finite standard"),
         (2, "kernel x.npy --out k.npy --activation rely", "activation='rely' is unknown"),
         (1, "kernel x.npy --out k.npy --W-std 1.5", "W_std=1.5 with activation='relu'"),
         (2, "predict x.npy y.npy x.npy --out p.npy --diag-reg -1", "diag_reg=-1.0 has to be"),
-        (2, "predict x.npy x2.npy x.npy --out p.npy", "x2.npy has float64 of shape (5, 3): 13"),
+        (2, "predict x.npy x2.npy x.npy --out p.npy", "x2.npy has float64 of shape (7, 3): 14"),
         (2, "predict x.npy y.npy x.npy --out p.npy --std p.npy", "--std=p.npy is --out too"),
         (1, "predict x.npy y.npy x2.npy --out p.npy --W-std 1.5", "W_std=1.5 with activation"),
         (2, "compare x.npy", "x.npy has no targets beside it"),

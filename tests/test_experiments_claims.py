@@ -78,6 +78,7 @@ def test_blocks_of_networks_are_kept_and_independent_of_their_size(tmp_path, mon
     np.testing.assert_allclose(draw(tmp_path / "blocks"), whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.smoke
 def test_covariance(tmp_path):
     settings = covariance.Settings(
         inputs_count=4, mean_width=64, networks=300, widths=(16, 64, 256), repeats=8
@@ -165,6 +166,7 @@ def test_spectrum(tmp_path):
     assert mlp[-1] < 1e-3 * max(mlp)
 
 
+@pytest.mark.slow
 def test_phase(tmp_path):
     settings = phase.Settings(inputs_count=2, points=5, width=150, networks=2)
     found = launch(phase, settings, tmp_path)["measured"]

@@ -23,6 +23,8 @@ from experiments.network import Architecture, split
 from experiments.report import console_table, fit_power_law, markdown_table
 from experiments.workdir import Workdir
 
+pytestmark = pytest.mark.xdist_group("compare")  # by one worker: the networks are trained once
+
 ROOT = Path(__file__).parents[1]
 TINY = Settings(n_train=16, n_test=20, widths=(16, 32), seeds=3, steps=4)
 FLAGS = ("--n_train=16", "--n_test=20", "--widths=16,32", "--seeds=3", "--steps=4")

@@ -23,6 +23,7 @@ def run(path, **options):
     return json.loads((path / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_it_writes_what_it_found(tmp_path):
     found = run(tmp_path, method="cg", rank=30)
     data = load("digits", None, 150, 40, 0, centre=False)

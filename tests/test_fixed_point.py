@@ -79,25 +79,23 @@ def unrolled(cell, inject, x1, x2, layers=300):
     return u.replace(**dict(zip(names, run(s), strict=True)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    slow_except(QUICK, CASES),
-)
-def test_it_is_the_limit_of_explicit_layers(x64, name):
+@pytest.mark.parametrize("others", slow_except(["given"], ["none", "given"]))
+@pytest.mark.parametrize("name", slow_except(QUICK, CASES))
+def test_it_is_the_limit_of_explicit_layers(x64, name, others):
     cell, inject, shape = CASES[name]
     x1, x2 = pair(shape)
-    for other in (None, x2):
-        ours = unreversed(stax.FixedPoint(cell, inject)[2](x1, other))
-        explicit = unrolled(*ORIGINAL[name][:2], x1, other)
-        for get in ("cov1", "nngp", "ntk"):
-            a, b = getattr(ours, get), getattr(explicit, get)
-            # Where x meets itself the original's κ₀(ρ) is off by √ε, since ρ = 1 - ε.
-            # Anderson stops at 8 ε over one less the rate.
-            atol = {"ntk": 1e-8 if other is None else 1e-12}.get(get, 1e-13)
-            np.testing.assert_allclose(a, b, rtol=0, atol=atol * np.abs(b).max(), err_msg=get)
-        assert ours.is_gaussian
-        assert (ours.cov2 is None) == (other is None)
-        assert ours.shape1 == (*shape[:-1], WIDTH)
+    other = x2 if others == "given" else None
+    ours = unreversed(stax.FixedPoint(cell, inject)[2](x1, other))
+    explicit = unrolled(*ORIGINAL[name][:2], x1, other)
+    for get in ("cov1", "nngp", "ntk"):
+        a, b = getattr(ours, get), getattr(explicit, get)
+        # Where x meets itself the original's κ₀(ρ) is off by √ε, since ρ = 1 - ε.
+        # Anderson stops at 8 ε over one less the rate.
+        atol = {"ntk": 1e-8 if other is None else 1e-12}.get(get, 1e-13)
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol * np.abs(b).max(), err_msg=get)
+    assert ours.is_gaussian
+    assert (ours.cov2 is None) == (other is None)
+    assert ours.shape1 == (*shape[:-1], WIDTH)
 
 
 @pytest.mark.slow

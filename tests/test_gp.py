@@ -282,6 +282,7 @@ def test_bad_noise_is_refused():
         gp.log_marginal_likelihood(make_kernel(POINT), *data(5), -1)
 
 
+@pytest.mark.slow
 def test_second_derivatives(x64):
     """In forward and in reverse mode, of a kernel that has them."""
     x, y = data(n=9, outputs=2)[:2]

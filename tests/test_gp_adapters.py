@@ -23,7 +23,8 @@ def reference(p, x, y, get):
     return gp.log_marginal_likelihood(make_kernel(p), x, y, NOISE, get)
 
 
-@pytest.mark.parametrize("get", ["nngp", pytest.param("ntk", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("get", ["nngp", "ntk"])
 def test_tinygp(x64, get):
     tinygp = pytest.importorskip("tinygp")
     from nt_deq.tinygp import StaxKernel

@@ -58,7 +58,7 @@ SETTINGS = {
     "silu": dict(W_std=1.1, U_std=0.7, b_std=0.1),
 }
 # The same formulas as relu, sin and tanh, and compiling them takes long.
-ALIKE = ("leaky_relu", "cos", "sigmoid", "softplus", "silu")
+ALIKE = ("leaky_relu", "abs", "identity", "sin", "cos", "sigmoid", "softplus", "silu")
 EVERY = slow_except(set(SETTINGS) - set(ALIKE), SETTINGS)
 # Derivatives take longest to compile: by Chebyshev and by Newton one each.
 DIFFERENTIATED = slow_except(("relu", "erf"), SETTINGS)
@@ -69,7 +69,7 @@ def inputs(n=6, d=5, seed=0, dtype=None):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", slow_except([Newton()], SOLVERS), ids=repr)
 @pytest.mark.parametrize("setting", TABLE, ids=str)
 def test_the_table(dtype, setting, solver):
     activation, W_std, U_std, b_std = setting
@@ -346,7 +346,7 @@ def test_the_program_does_not_grow_with_the_steps():
 @pytest.mark.parametrize(
     ("activation", "W_std"), [("relu", 1.5), ("relu", 2**0.5), ("identity", 1.0), ("gelu", 1.6)]
 )
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", slow_except([Newton()], SOLVERS), ids=repr)
 def test_no_equilibrium_is_an_error(activation, W_std, solver):
     x = inputs()
     with pytest.raises(NoEquilibriumError, match=rf"W_std={W_std:.6g}.*has to be below 1.*take "):

@@ -167,6 +167,7 @@ def test_labels(data):
     assert fit((data[0], data[1][:, 0])).predict(data[2]).shape == (20,)
 
 
+@pytest.mark.slow
 def test_images_and_any_network():
     rng = np.random.default_rng(0)
     images, y = rng.normal(size=(30, 4, 4, 1)), rng.normal(size=30)

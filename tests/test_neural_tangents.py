@@ -172,7 +172,7 @@ def test_empirical_ntk_fn(network, implementation):
 
 
 def test_empirical_kernels():
-    apply_fn, params, x = convolutional()
+    apply_fn, params, x = slicing()
     kernel = nt.empirical_kernel_fn(apply_fn, trace_axes=())(x, None, ("nngp", "ntk"), params)
     fx = apply_fn(params, x)
     np.testing.assert_allclose(kernel.nngp, np.einsum("ia,jb->ijab", fx, fx), rtol=1e-12)
