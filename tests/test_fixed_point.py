@@ -288,6 +288,7 @@ def test_other_axes(x64, channel_axis):
     np.testing.assert_allclose(kernels[0].ntk, kernels[1].ntk, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_masks(x64):
     """A masked time step is as if it were not there."""
     short = random.normal(random.key(0), (2, 3, 2))

@@ -241,6 +241,7 @@ def test_standard_parameters_have_the_deviations(x64):
     np.testing.assert_allclose(module(x), scaled(x), atol=1e-12)  # drawn from the same numbers
 
 
+@pytest.mark.slow
 def test_any_cell_with_any_solver_and_adjoint():
     """A gated cell with state of its own, found and differentiated in three ways."""
 

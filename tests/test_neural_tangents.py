@@ -194,7 +194,7 @@ def test_linearize_and_taylor_expand():
     )
 
 
-QUICK = ("gelu", "residual", "layer_norm", "aggregate")
+QUICK = ("gelu", "residual", "layer_norm")
 
 
 @pytest.mark.parametrize(
