@@ -22,7 +22,7 @@ Loss = Literal["marginal_likelihood", "leave_one_out"]
 _SPREAD = 2.0  # standard deviation of the starts around the first: a factor of 7, up and down
 _GRADIENT = 1e-3  # of the loss, in nats, at which a search has ended
 _GAIN = 1e-3  # of the last four steps, in nats, likewise
-_CONDITION = 1e-3  # least curvature that a search begins with, relative to the largest
+_LEAST_CURVATURE = 1.0  # in nats, that a search begins with: no first step to nowhere
 _FLAT = 1e-3  # curvature, in nats, below which the data do not determine a parameter
 
 
@@ -146,7 +146,9 @@ def fit(
                 raise StopIteration
 
         options = {"maxiter": max_steps, "gtol": _GRADIENT / y.size}
-        options["hess_inv0"] = _inverse_curvature(_hessian(evaluate, place, resolution))
+        options["hess_inv0"] = _inverse_curvature(
+            _hessian(evaluate, place, resolution), _LEAST_CURVATURE / y.size
+        )
         return optimize.minimize(
             evaluate, place, jac=True, method="BFGS", callback=stop, options=options
         )
@@ -195,13 +197,10 @@ def _hessian(evaluate, place, resolution) -> np.ndarray:
     return (hessian + hessian.T) / 2
 
 
-def _inverse_curvature(hessian) -> np.ndarray:
+def _inverse_curvature(hessian, least) -> np.ndarray:
     """A positive definite inverse: a search goes down where the loss bends down, too."""
     curvatures, directions = np.linalg.eigh(hessian)
-    sizes = np.abs(curvatures)
-    if not sizes.max() > 0:  # as where there is no loss
-        return np.eye(len(hessian))
-    inverse = directions / np.maximum(sizes, _CONDITION * sizes.max()) @ directions.T
+    inverse = directions / np.maximum(np.abs(curvatures), least) @ directions.T
     return (inverse + inverse.T) / 2
 
 
