@@ -29,6 +29,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from nt_deq import _checks, gp, stax
 from nt_deq.activations import Activation, get_activation
+from nt_deq.kernel import Get
 from nt_deq.large import KernelRegression
 
 _LEAST_NOISE = 1e-8  # of targets with variance 1
@@ -40,7 +41,7 @@ class _DEQ(BaseEstimator):
 
     def __init__(
         self,
-        kernel: gp.Get = "nngp",
+        kernel: Get = "nngp",
         W_std: float = 0.8,
         U_std: float = 1.0,
         b_std: float = 0.1,
@@ -53,7 +54,7 @@ class _DEQ(BaseEstimator):
         max_exact: int = 1000,
         random_state: int | np.random.RandomState | None = None,
     ):
-        self.kernel: gp.Get = kernel
+        self.kernel: Get = kernel
         self.W_std = W_std
         self.U_std = U_std
         self.b_std = b_std

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,8 @@ def local_contraction(
       has no limit at which `J` is known, and the network none either.
     """
     _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=b_std)
-    options = {"W_std": W_std, "U_std": U_std, "b_std": b_std}
-    options["activation"] = get_activation(activation)
+    phi = get_activation(activation)
+    options: Any = {"W_std": W_std, "U_std": U_std, "b_std": b_std, "activation": phi}
 
     def rate(row):
         stable = deq_kernel(row[None], **options)
