@@ -155,11 +155,16 @@ def slicing():
     return apply_fn, params, rng.normal(size=(3, 4))
 
 
+NETWORKS = pytest.mark.parametrize(
+    "network", [pytest.param(convolutional, marks=pytest.mark.slow), slicing]
+)
+
+
 @pytest.mark.parametrize(
     "implementation",
     slow_except(set(nt.NtkImplementation) - {nt.NtkImplementation.AUTO}, nt.NtkImplementation),
 )
-@pytest.mark.parametrize("network", [pytest.param(convolutional, marks=pytest.mark.slow), slicing])
+@NETWORKS
 def test_empirical_ntk_fn(network, implementation):
     apply_fn, params, x = network()
     jacobian = jax.jacobian(lambda p: apply_fn(p, x))(params)
@@ -171,8 +176,9 @@ def test_empirical_ntk_fn(network, implementation):
     np.testing.assert_allclose(ntk_fn(x, None, params), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_empirical_kernels():
-    apply_fn, params, x = slicing()
+@NETWORKS
+def test_empirical_kernels(network):
+    apply_fn, params, x = network()
     kernel = nt.empirical_kernel_fn(apply_fn, trace_axes=())(x, None, ("nngp", "ntk"), params)
     fx = apply_fn(params, x)
     np.testing.assert_allclose(kernel.nngp, np.einsum("ia,jb->ijab", fx, fx), rtol=1e-12)

@@ -145,10 +145,12 @@ def fit(
             if len(values) > 4 and values[-5] - values[-1] < _GAIN / y.size:
                 raise StopIteration
 
-        options = {"maxiter": max_steps, "gtol": _GRADIENT / y.size}
-        options["hess_inv0"] = _inverse_curvature(
-            _hessian(evaluate, place, resolution), _LEAST_CURVATURE / y.size
-        )
+        hessian = _hessian(evaluate, place, resolution)
+        options = {
+            "maxiter": max_steps,
+            "gtol": _GRADIENT / y.size,
+            "hess_inv0": _inverse_curvature(hessian, _LEAST_CURVATURE / y.size),
+        }
         return optimize.minimize(
             evaluate, place, jac=True, method="BFGS", callback=stop, options=options
         )

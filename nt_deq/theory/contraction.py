@@ -59,9 +59,7 @@ def local_contraction(
       `J`, `(n,)`; at 1 and above there is no stable equilibrium. NaN where the variance of `z^l`
       has no limit at which `J` is known, and the network none either.
     """
-    _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=b_std)
-    phi = get_activation(activation)
-    options: Any = {"W_std": W_std, "U_std": U_std, "b_std": b_std, "activation": phi}
+    options: Any = {"W_std": W_std, "U_std": U_std, "b_std": b_std, "activation": activation}
 
     def rate(row):
         stable = deq_kernel(row[None], **options)
