@@ -1,8 +1,12 @@
 """Infinitely wide deep equilibrium models: their kernels for neural-tangents, and the networks."""
 
+import importlib.metadata
+
 from nt_deq import _compat
 
 _compat.install()  # makes neural-tangents importable, so it comes before everything that needs it
+
+import neural_tangents as nt  # noqa: E402
 
 from nt_deq import flax, gp, iterations, large, stax, theory  # noqa: E402
 from nt_deq.activations import Activation, activations  # noqa: E402
@@ -22,6 +26,8 @@ from nt_deq.kernel import (  # noqa: E402
 )
 from nt_deq.large import KernelRegression  # noqa: E402
 from nt_deq.solvers import Anderson, Chebyshev, Newton, Picard  # noqa: E402
+
+__version__ = importlib.metadata.version("nt-deq")
 
 __all__ = [
     "Activation",
@@ -47,6 +53,7 @@ __all__ = [
     "iterations",
     "jacobian_regularization",
     "large",
+    "nt",
     "spectral_radius",
     "stax",
     "theory",
