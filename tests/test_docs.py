@@ -1,34 +1,64 @@
-"""Every page of the documentation runs, and the reference has everything that is public."""
+"""Every page and the README run, and the reference has everything that is public."""
 
 import importlib
 import re
 from pkgutil import resolve_name
 
-import jax
 import pytest
-from documents import ROOT, run_python
+from documents import ROOT, python_code, run_apart
 
 import nt_deq
 
-PAGES = {path.name for path in (ROOT / "docs").glob("*.md")}
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MODULES = [f"nt_deq.{name}" for name in ("flax", "gp", "gpjax", "iterations", "large")]
 MODULES += [f"nt_deq.{name}" for name in ("sklearn", "stax", "theory", "tinygp")]
+ELSEWHERE = "nt"  # neural-tangents has its own reference
+# What is run besides what a page shows: there a program may be compiled into something else.
+OTHER_SIZES = {
+    "README.md": [
+        {"(2, 20, 5)": "(2, 5, 3)", "DEQ(5, 256": "DEQ(3, 32", "Dense(256": "Dense(32",
+         "(2, 8, 8, 3)": "(8, 16, 16, 3)"},
+        {"(2, 20, 5)": "(2, 33, 16)", "DEQ(5, 256": "DEQ(16, 100", "Dense(256": "Dense(100",
+         "(2, 8, 8, 3)": "(5, 7, 12, 1)"},
+    ],
+    "docs/existence.md": [
+        {"(6, 4)": "(9, 2)", "DEQ(4, 32": "DEQ(2, 100", "jnp.ones(4)": "jnp.ones(2)"},
+        {"(6, 4)": "(40, 4)", "DEQ(4, 32": "DEQ(4, 8"},
+    ],
+    "docs/faq.md": [{"(8, 4)": "(5, 4)"}, {"(8, 4)": "(32, 4)"}],
+    "docs/index.md": [{"(20, 5)": "(1, 1)"}, {"(20, 5)": "(300, 40)"}],
+    "docs/migration.md": [
+        {"(10, 4)": "(3, 4)", "512": "16"},
+        {"(10, 4)": "(32, 4)", "512": "100"},
+    ],
+    "docs/precision.md": [{"(20, 5)": "(7, 3)"}, {"(20, 5)": "(300, 40)"}],
+    "docs/solvers.md": [
+        {"(20, 5)": "(7, 3)", "29 *": "9 *", "(4, 32)": "(7, 12)"},
+        {"(20, 5)": "(300, 40)", "29 *": "125 *", "(4, 32)": "(1, 128)"},
+    ],
+    "docs/tutorial.md": [
+        {"(2, 20, 5)": "(2, 8, 5)", "256": "32", "128": "32"},
+        {"(2, 20, 5)": "(2, 33, 5)", "256": "100", "128": "200"},
+    ],
+}  # fmt: skip
+RUNS = [(page, sizes) for page in PAGES for sizes in [{}, *OTHER_SIZES.get(page, [])]]
 
 
 @pytest.mark.slow  # make docs runs them
-@pytest.mark.parametrize("page", sorted(PAGES))
-def test_page_runs(page):
-    x64 = jax.config.jax_enable_x64
-    try:
-        run_python(f"docs/{page}")
-    finally:
-        jax.config.update("jax_enable_x64", x64)
+@pytest.mark.parametrize(("page", "sizes"), RUNS)
+def test_page_runs(page, sizes, tmp_path):
+    run_apart(page, tmp_path, sizes)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_draws_arrays_runs_at_other_sizes(page):
+    assert len(OTHER_SIZES.get(page, [])) == 2 * ("random.normal" in python_code(page))
 
 
 def test_reference_has_what_is_public():
     text = "\n".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
     shown = [resolve_name(path) for path in re.findall(r"^::: (\S+)$", text, re.M)]
-    for name in (n for n in nt_deq.__all__ if f"nt_deq.{n}" not in MODULES):
+    for name in {*nt_deq.__all__} - {ELSEWHERE, *(m.removeprefix("nt_deq.") for m in MODULES)}:
         assert any(getattr(nt_deq, name) is thing for thing in shown), name
     for path in MODULES:
         module = importlib.import_module(path)

@@ -1,24 +1,9 @@
-"""Every block of Python in the README runs, in order, in one namespace; commands exist."""
+"""The README's commands and links lead somewhere; test_docs.py runs its Python."""
 
 import re
+import tomllib
 
-import numpy as np
-import pytest
-from documents import ROOT, blocks, run_python
-
-
-@pytest.mark.slow  # make docs runs it
-def test_python_blocks_run():
-    namespace = run_python("README.md")
-    assert namespace["covariance"].shape == (20, 20)
-    assert np.isfinite(namespace["gradient"])
-    assert namespace["mean"].shape == (20, 1)
-    assert (namespace["std"] > 0).all()
-    assert np.isfinite(namespace["image_kernels"].ntk).all()
-    assert namespace["empirical"].shape == (20, 20)
-    assert np.isfinite(namespace["loss"])
-    assert namespace["solution"].converged.all()
-    assert (namespace["deviation"] > 0).all()
+from documents import ROOT, blocks
 
 
 def test_commands_are_targets_of_the_makefile():
@@ -41,3 +26,20 @@ def test_linked_files_exist():
     assert "docs/compare.png" in links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_it_is_short_and_in_order():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") < 150
+    parts = ("## Install", "## Three lines", "![", "| | neural-tangents", "## Launchers")
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_there_is_one_address():
+    """The address of the repository is that of `[project.urls]`, wherever it is named."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    files = [ROOT / "pyproject.toml", *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    for file in [*files, *ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("nt_deq*/**/*.py")]:
+        for address in re.findall(r"https://[\w./-]*/nt-deq(?![\w-])", file.read_text()):
+            assert address == urls["Repository"], (file, address)
