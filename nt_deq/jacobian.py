@@ -34,7 +34,7 @@ def spectral_radius(
     """
     _checks.count("steps", steps)
     if steps < 2:
-        raise ValueError(f"steps={steps} has to be at least 2.")
+        raise ValueError(f"steps={steps} must be at least 2.")
     _, jacobian = jax.linearize(f, z)
 
     def product(v, _):

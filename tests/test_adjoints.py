@@ -87,7 +87,7 @@ def test_forward_reverse_and_second_derivatives_agree(x64, adjoint):
 
 
 def test_the_unrolled_network_may_be_short():
-    """Then it has not converged, and says so."""
+    """It is a network of that depth, and its residual says how far from an equilibrium."""
     args = problem(dense)
     z0 = jnp.zeros_like(args[1])
     found = find_equilibrium(dense, z0, args, adjoint=Unrolled(7))
@@ -98,11 +98,11 @@ def test_the_unrolled_network_may_be_short():
     np.testing.assert_allclose(
         found.residual, jnp.linalg.norm(dense(z, args) - z, axis=1), rtol=1e-3
     )
-    assert not found.converged.any()
-    loose = Iteration(rtol=0.1, damping=0.2)
-    found = find_equilibrium(dense, z0, args, solver=loose, adjoint=Unrolled(20))
-    assert found.converged.all()
-    assert int(found.steps) == 20
+    assert int(found.steps) == 7
+    assert (found.residual > 1e-4).all()
+    damped = Iteration(damping=0.2)
+    slower = find_equilibrium(dense, z0, args, solver=damped, adjoint=Unrolled(7))
+    assert (slower.residual > found.residual).all()
     with pytest.raises(ValueError, match="Unrolled differentiates plain iteration"):
         find_equilibrium(dense, z0, args, solver=Anderson(), adjoint=Unrolled(20))
 
@@ -120,8 +120,8 @@ def test_a_backward_solve_that_fails_gives_nan(x64):
     def loss(u, adjoint):
         return jnp.sum(equilibrium(f, jnp.zeros_like(u), u, solver=Broyden(), adjoint=adjoint))
 
-    assert np.isnan(jax.grad(loss)(u, Implicit(max_steps=50))).all()
-    found = jax.grad(loss)(u, Implicit(Broyden()))
+    assert np.isnan(jax.grad(loss)(u, Implicit(Iteration(), max_steps=50))).all()
+    found = jax.grad(loss)(u, Implicit())
     expected = np.broadcast_to(np.linalg.solve(np.eye(8) - A, np.ones(8)), (2, 8))
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 

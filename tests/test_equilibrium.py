@@ -201,7 +201,9 @@ def test_it_says_how_it_went():
     np.testing.assert_array_equal(value[2], 0)  # the best that it met
     np.testing.assert_allclose(residual, jnp.linalg.norm(f(value, u) - value, axis=1), atol=1e-6)
     assert 100 < steps <= 200
-    with pytest.raises(NotConvergedError, match=r"by 1 of 3 samples \(first: row 2, where .* 2\)"):
+    with pytest.raises(
+        NotConvergedError, match=r"by 1 of 3 samples \(the first is row 2, where .* 2\)"
+    ):
         equilibrium(f, jnp.zeros((3, 4)), u, max_steps=200)
     traced = jax.jit(lambda u: equilibrium(f, jnp.zeros((3, 4)), u))(u)
     np.testing.assert_allclose(traced[:2], value[:2], rtol=1e-6)
@@ -229,7 +231,7 @@ def test_a_solver_of_optimistix_says_how_it_went_too():
     ("make", "message"),
     [
         (lambda u: equilibrium(layer, u, solver=nt_deq.Anderson()), "not for finite networks"),
-        (lambda u: equilibrium(layer, u, adjoint="implicit"), "adjoint='implicit' has to be"),
+        (lambda u: equilibrium(layer, u, adjoint="implicit"), "adjoint='implicit' must be"),
         (lambda u: equilibrium(layer, u, max_steps=0), "max_steps=0 has to be an integer"),
         (lambda u: equilibrium(layer, jnp.ones(())), r"z0 is float32\[\]"),
         (lambda u: equilibrium(layer, [u, u[:2]]), r"z0 is float32\[4, 20\], float32\[2, 20\]"),

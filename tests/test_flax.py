@@ -153,9 +153,7 @@ def test_no_equilibrium_is_an_error_or_nan():
 def test_a_W_std_with_which_no_input_has_an_equilibrium_is_refused(caplog):
     """ReLU: W_std² E[φ'²] = W_std²/2; a saturating φ may be stable for large inputs."""
     for W_std, phi in ((1.5, "relu"), (1.0, "abs"), (1.0, "identity")):
-        with pytest.raises(
-            NoEquilibriumError, match=rf"W_std={W_std} has to be below .* for {phi}"
-        ):
+        with pytest.raises(NoEquilibriumError, match=rf"W_std={W_std} must be below .* for {phi}"):
             DEQ(5, 8, W_std=W_std, activation=phi, rngs=nnx.Rngs(0))
     caplog.set_level("INFO", "nt_deq")
     for W_std, phi in ((0.44, "relu"), (1.41, "relu"), (1.41, "relu"), (3.3, "tanh")):
@@ -322,10 +320,10 @@ def test_the_jacobian_at_the_equilibrium(x64):
             r"x has shape \(2, 4\).*5 features",
         ),
         (lambda **k: Dense(5, 8, **k)(jnp.ones((2, 4))), r"x has shape \(2, 4\).*5 features"),
-        (lambda **k: Dense(5, 8, parameterization="mup", **k), "parameterization='mup' has to be"),
-        (lambda **k: Conv(5, 8, (), **k), r"kernel_size=\(\) has to be one or two"),
+        (lambda **k: Dense(5, 8, parameterization="mup", **k), "parameterization='mup' must be"),
+        (lambda **k: Conv(5, 8, (), **k), r"kernel_size=\(\) must be one or two"),
         (lambda **k: Conv(5, 8, (3, 0), **k), "kernel_size=0 has to be an integer"),
-        (lambda **k: Conv(5, 8, (3,), padding="FULL", **k), "padding='FULL' has to be one of"),
+        (lambda **k: Conv(5, 8, (3,), padding="FULL", **k), "padding='FULL' must be one of"),
         (lambda **k: Conv(5, 8, (3,), **k)(jnp.ones((2, 5))), r"\(2, 5\).*1 spatial axes"),
         (
             lambda **k: DEQ(5, 8, W_std=0.5, kernel_size=(3,), padding="VALID", **k),
@@ -337,3 +335,129 @@ def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make(rngs=nnx.Rngs(0))
     assert nt_deq.flax.DEQ is DEQ
+
+
+def spectral_network(lipschitz=None, **kwargs):
+    return DEQ(5, 48, W_std=1.3, lipschitz=lipschitz, rngs=nnx.Rngs(0), **kwargs)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("activation", ["relu", "erf"])
+def test_lipschitz_keeps_the_layer_a_contraction(x64, activation):
+    """However large its weights: and where they are small it changes nothing."""
+    x, lipschitz = inputs(3), 0.9
+    deq = spectral_network(lipschitz, activation=activation, solver=Iteration())
+    for scale in (1.0, 50.0, 1e6):
+        deq.hidden.W[...] *= scale
+        jacobian = jax.jacobian(lambda z: deq.step(z[None], x[:1])[0])
+        for size in (1e-3, 1.0):
+            z = size * random.normal(random.key(1), (48,))
+            assert np.linalg.norm(jacobian(z), 2) <= lipschitz
+        z = deq.equilibrium(x)
+        np.testing.assert_allclose(deq.step(z, x), z, atol=1e-12 * np.abs(z).max())
+    deq.hidden.W[...] *= 1e-9
+    free = spectral_network(parameterization="standard", activation=activation)
+    free.hidden.W[...], free.inject.W[...] = deq.hidden.W[...], deq.inject.W[...]
+    np.testing.assert_allclose(deq(x), free(x), rtol=1e-12)
+
+
+def test_lipschitz_is_differentiated(x64):
+    """By the weights that it scales, through the equilibrium and the norm."""
+    x = inputs(3)
+    graph, params = nnx.split(spectral_network(0.9, solver=Iteration(), activation="erf"))
+    direction = jax.tree.map(jnp.cos, params)
+
+    @jax.jit
+    def along(s):
+        moved = jax.tree.map(lambda p, d: p + s * d, params, direction)
+        return jnp.sum(nnx.merge(graph, moved)(x) ** 2)
+
+    difference = (along(1e-5) - along(-1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.grad(along)(0.0), difference, rtol=1e-6)
+
+
+@pytest.mark.parametrize("W_std", [0.3, 1.3])
+def test_the_limit_of_a_lipschitz_network(W_std):
+    """The kernel of `stax.DEQ` with a smaller `W_std`, as the docstring says; one wide network."""
+    x, width = inputs(4), 1500
+    deq = DEQ(5, width, W_std=W_std, lipschitz=0.9, activation="erf", rngs=nnx.Rngs(0))
+    h = jax.jit(deq.__call__)(x)
+    smaller = min(W_std, 0.9 / (2 * deq.activation.lipschitz))
+    expected = stax.DEQ(1, smaller, activation="erf")[2](x, None, "nngp")
+    # Products of two units over the width have deviations of about 1/√width; the norm is known to
+    # a few per cent, which moves the kernel by less.
+    np.testing.assert_allclose(h @ h.T / width, expected, atol=4 / width**0.5)
+
+
+def test_the_convolutional_one_keeps_an_equilibrium_of_every_size():
+    deq = DEQ(2, 6, W_std=30.0, lipschitz=0.95, kernel_size=(3, 3), rngs=nnx.Rngs(0))
+    for shape in ((2, 4, 4, 2), (1, 7, 3, 2)):
+        solution = deq.solve(random.normal(random.key(0), shape))
+        assert solution.converged.all()
+        assert deq.output(solution).shape == (*shape[:-1], 6)
+    inner = nnx.Sequential(
+        lambda z: z[:, ::2], Conv(6, 6, (3,), spectral_bound=0.9, rngs=nnx.Rngs(0))
+    )
+    with pytest.raises(ValueError, match=r"spectral_bound was applied for the spatial axes \(8,\)"):
+        FixedPoint(inner, Conv(2, 6, (3,), rngs=nnx.Rngs(0)))(jnp.ones((1, 8, 2)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision(dtype):
+    """Products in 16 bits, the state in 32: the result is as exact as 16 bits are."""
+    x = inputs()
+    exact = DEQ(5, 64, W_std=0.7, rngs=nnx.Rngs(0))
+    eps = float(jnp.finfo(dtype).eps)
+    for param_dtype in (None, dtype):
+        mixed = DEQ(5, 64, W_std=0.7, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+        solution, h = mixed.solve(x), mixed(x)
+        assert solution.value.dtype == solution.residual.dtype == "float32"
+        assert h.dtype == dtype
+        assert solution.converged.all()
+        reference = exact
+        if param_dtype is not None:  # rounded, or drawn otherwise
+            reference = DEQ(5, 64, W_std=0.7, rngs=nnx.Rngs(0))
+            reference.hidden.W[...] = mixed.hidden.W[...].astype("float32")
+            reference.inject.W[...] = mixed.inject.W[...].astype("float32")
+        z = reference.equilibrium(x)
+        # J is about .5, so that the residual of 2 eps is an error of about 4.
+        error = jnp.linalg.norm(solution.value - z, axis=1) / jnp.linalg.norm(z, axis=1)
+        assert (error < 5 * eps).all(), error
+    gradient = nnx.grad(lambda m: jnp.sum(m(x).astype("float32") ** 2))(mixed)
+    assert all(np.isfinite(g.astype("float32")).all() for g in jax.tree.leaves(gradient))
+
+
+def test_states_on_the_way_have_the_derivative_of_one_step(x64):
+    x = inputs()
+    deq = DEQ(5, 16, W_std=0.6, activation="erf", rngs=nnx.Rngs(0))
+    states, solution = deq.trajectory(x, steps=(2, 5))
+    z, expected = jnp.zeros((4, 16)), []
+    for _ in range(5):
+        z = deq.step(z, x)
+        expected.append(z)
+    # The iterate of the smallest residual so far is the one before the last evaluation.
+    np.testing.assert_allclose(states[0], expected[0], atol=1e-12)
+    np.testing.assert_allclose(solution.value, deq.equilibrium(x), atol=1e-12)
+    gradient = nnx.grad(lambda d: jnp.sum(d.trajectory(x, steps=(2,))[0][0] ** 2))(deq)
+    one_step = nnx.grad(
+        lambda d: 2 * jnp.sum(jax.lax.stop_gradient(states[0]) * d.step(states[0], x))
+    )(deq)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(one_step), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+    with pytest.raises(ValueError, match=r"steps=\[5, 2\] must increase"):
+        deq.trajectory(x, steps=(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"lipschitz": 1.0}, r"lipschitz=1\.0 must lie between 0 and 1"),
+        ({"dtype": "int32"}, "dtype=int32 must be a floating-point dtype"),
+        ({"on_failure": "warn"}, "on_failure='warn' must be one of"),
+    ],
+)
+def test_options_for_training_that_cannot_be_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DEQ(5, 8, W_std=0.5, **kwargs, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"spectral_bound=0 must be a positive number"):
+        Dense(5, 8, spectral_bound=0, rngs=nnx.Rngs(0))

@@ -7,20 +7,24 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
+from jax.typing import DTypeLike
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
-from nt_deq.adjoints import MAX_STEPS, Adjoint
-from nt_deq.equilibrium import find_equilibrium, value_or_error
-from nt_deq.flax.layers import Conv, Dense
-from nt_deq.iterations import FixedPointSolver, SampleSolution
+from nt_deq.adjoints import MAX_STEPS, Adjoint, OnFailure, Phantom, check_on_failure
+from nt_deq.equilibrium import at_precision, find_equilibrium, outcome
+from nt_deq.flax.layers import Conv, Dense, normalize
+from nt_deq.iterations import FixedPointSolver, Iteration, SampleSolution
 from nt_deq.kernel import NoEquilibriumError
+
+TRAINING_RTOL = 1e-3
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +35,8 @@ class FixedPoint(nnx.Module):
     The function of `stax.FixedPoint(cell, inject)`. Returns the equilibrium itself: put the
     nonlinearity and the readout after it. The cell is applied with its state as it is at the start
     (running statistics, keys of dropout), the same in every step, and what it changes is dropped.
+    Layers of the cell with a `spectral_bound` are scaled once, before the first step. `z` and its
+    residual are of at least single precision, also where the cell computes in bfloat16.
 
     Args:
       cell: what is iterated, `z -> z`, `(batch, ...)`, each sample on its own; for example
@@ -41,6 +47,8 @@ class FixedPoint(nnx.Module):
       adjoint: how `z*` is differentiated: `nt_deq.Implicit(...)`, which is what `None` means,
         `Phantom(...)` or `Unrolled(...)`.
       max_steps: after so many steps a sample has not converged.
+      on_failure: what becomes of a sample without an equilibrium, `'raise'`, `'nan'`, `'best'` or
+        `None`, as of `nt_deq.equilibrium`.
     """
 
     def __init__(
@@ -51,47 +59,105 @@ class FixedPoint(nnx.Module):
         solver: FixedPointSolver | None = None,
         adjoint: Adjoint | None = None,
         max_steps: int = MAX_STEPS,
+        on_failure: OnFailure = None,
     ):
         if not isinstance(cell, nnx.Module):
             raise ValueError(
-                f"cell={cell!r} has to be an nnx.Module; wrap functions in nnx.Sequential."
+                f"cell={cell!r} must be an nnx.Module; wrap functions in nnx.Sequential."
             )
+        check_on_failure(on_failure)
         self.cell: Any = cell
         self.inject = inject
         self.solver, self.adjoint, self.max_steps = solver, adjoint, max_steps
+        self.on_failure: OnFailure = on_failure
 
     def __call__(self, x: Array, z0: Array | None = None) -> Array:
-        """Returns `z*` for `x`, as `equilibrium` does."""
-        return self.equilibrium(x, z0)
+        """Returns what the layer makes of `x`, `output(solve(x, z0))`."""
+        return self.output(self.solve(x, z0))
 
     def equilibrium(self, x: Array, z0: Array | None = None) -> Array:
         """Returns `z*`, the iteration started at `z0` (default: zeros).
 
         Raises:
-          NotConvergedError: some sample has not converged. A traced call returns NaN for it.
+          NotConvergedError: some sample has not converged; `on_failure` says what else may happen.
           ValueError: the cell does not keep the shape of `z`.
         """
-        return value_or_error(self.solve(x, z0))
+        return self._outcome(self.solve(x, z0))
 
     def solve(self, x: Array, z0: Array | None = None) -> SampleSolution:
         """Returns `z*` and how the search for it went, `(value, steps, residual, converged)`.
 
-        Where a sample has not converged its `value` is the best iterate.
+        Where a sample has not converged its `value` is the best iterate. Log `steps` and `residual`
+        during training, give `value` to `output`, and as `z0` to the next call on these inputs.
         """
-        u = self.inject(x)
-        graph, state = nnx.split(self.cell)
-        return find_equilibrium(
-            _Layer(graph),
-            jnp.zeros_like(u) if z0 is None else z0,
-            (state, u),
-            solver=self.solver,
-            adjoint=self.adjoint,
-            max_steps=self.max_steps,
-        )
+        layer, u, args = self._problem(x)
+        z0 = jnp.zeros_like(u) if z0 is None else z0
+        return self._find(layer, z0, args, self.adjoint, self.max_steps)
+
+    def output(self, solution: SampleSolution) -> Array:
+        """Returns what the layer makes of a solution: `z*`, or what `on_failure` says."""
+        return self._outcome(solution)
+
+    def trajectory(
+        self, x: Array, steps: Sequence[int], z0: Array | None = None
+    ) -> tuple[list[Array], SampleSolution]:
+        """Returns where the solver is after some steps, and the solution, for correction losses.
+
+        A loss on the states on the way makes the solver arrive sooner (Bai et al. 2022, "Deep
+        Equilibrium Optical Flow Estimation", section 3.3). A state has the derivative of one step
+        of the layer there, and none of what came before it.
+
+        Args:
+          x: the inputs.
+          steps: after how many steps, increasing and below `max_steps`. A solver with a memory
+            begins it anew there.
+          z0: where to start, by default zeros.
+
+        Returns:
+          The states `z`, one for each of `steps`, and the solution, found from the last of them.
+        """
+        counts = [0, *steps, self.max_steps]
+        if any(a >= b for a, b in pairwise(counts)):
+            raise ValueError(
+                f"steps={list(steps)} must increase, from at least 1 to below "
+                f"max_steps={self.max_steps}."
+            )
+        layer, u, args = self._problem(x)
+        z, states = jnp.zeros_like(u) if z0 is None else z0, []
+        for before, after in pairwise(counts[:-1]):
+            found = self._find(layer, z, args, Phantom(1, 0.0), after - before)
+            states.append(found.value)
+            z = lax.stop_gradient(found.value)
+        return states, self._find(layer, z, args, self.adjoint, self.max_steps - counts[-2])
 
     def step(self, z: Array, x: Array) -> Array:
         """Returns `cell(z) + inject(x)`: one layer."""
-        return self.cell(z) + self.inject(x)
+        layer, _, args = self._problem(x)
+        return layer(z, args)
+
+    def _problem(self, x: Array) -> tuple[_Layer, Array, tuple[Any, Array]]:
+        """The layer, `u = inject(x)`, and the layer's arguments."""
+        u = self.inject(x)
+        u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+        graph, state = nnx.split(normalize(self.cell, u.shape[1:-1]))
+        return _Layer(graph), u, (state, u)
+
+    def _find(self, layer, z0, args, adjoint, max_steps) -> SampleSolution:
+        solver = Iteration() if self.solver is None else self.solver
+        computed = jax.eval_shape(layer.cell, z0, args[0])
+        return find_equilibrium(
+            layer,
+            z0,
+            args,
+            solver=at_precision(solver, computed.dtype),
+            adjoint=adjoint,
+            max_steps=max_steps,
+            on_failure=self.on_failure,
+        )
+
+    def _outcome(self, solution: SampleSolution) -> Array:
+        parameters = nnx.state(self, nnx.Param)
+        return outcome(solution, self.on_failure, {"parameters": nnx.to_pure_dict(parameters)})
 
 
 @dataclass(frozen=True)
@@ -100,15 +166,18 @@ class _Layer:
 
     graph: Any
 
+    def cell(self, z: Array, state: Any) -> Array:
+        return nnx.merge(self.graph, state)(z)
+
     def __call__(self, z: Array, args: tuple[Any, Array]) -> Array:
         state, u = args
-        out = nnx.merge(self.graph, state)(z)
+        out = self.cell(z, state)
         if not out.shape == z.shape == u.shape:
             raise ValueError(
                 f"FixedPoint: the cell turns z of shape {z.shape} into {out.shape}, and inject(x) "
-                f"has shape {u.shape}: all have to be the same."
+                f"has shape {u.shape}: all must be the same."
             )
-        return out + u
+        return out.astype(u.dtype) + u
 
 
 class DEQ(FixedPoint):
@@ -120,6 +189,14 @@ class DEQ(FixedPoint):
     The dense one is the function of `stax.DEQ` with the same arguments; the other is that of
     `serial(FixedPoint(serial(φ, Conv(n, kernel_size)), Conv(n, kernel_size)), φ)`. `hidden` holds
     `W`, `inject` holds `U` and `b`. Gradients are implicit, in forward and reverse mode.
+
+    **To train it**, pass `lipschitz=0.9`: training grows `W` until there is no equilibrium, and
+    this keeps one. The layer is then `z = c · W φ(z) + ...` with `c <= 1` such that
+    `|f(z) - f(z')| <= lipschitz |z - z'|`: every input has exactly one equilibrium, plain iteration
+    finds it, and an iterate is within `residual / (1 - lipschitz)` of it. `c = 1` where the weights
+    are small enough. A wide random `W` has norm `2 W_std`, so that at initialisation the network
+    tends to the Gaussian process of `stax.DEQ` with `min(W_std, lipschitz / (2 Lip(φ)))` for
+    `W_std`, and its NTK to the NTK of that.
 
     Args:
       in_features: size `d` of the input.
@@ -134,10 +211,20 @@ class DEQ(FixedPoint):
       kernel_size: of the filters, one integer for each of one or two spatial axes, as `(3, 3)`;
         `None` for a dense layer.
       padding: of the convolutions, `'SAME'` (zeros) or `'CIRCULAR'` (a torus).
-      parameterization: `'ntk'` or `'standard'`, as of `Dense`.
-      solver: what finds `z*`, as of `FixedPoint`.
+      parameterization: `'ntk'` or `'standard'`, as of `Dense`. `None` is `'ntk'`, that of the
+        infinitely wide network, or with `lipschitz` `'standard'`, that of the layers of `nnx`, for
+        which the usual learning rates are meant.
+      lipschitz: a bound below 1 of the layer's Lipschitz constant in `z`, kept by scaling the
+        weights down once a solve where they are too large (their `spectral_bound` is
+        `lipschitz / Lip(φ)`, as of `Dense`); `None` leaves them alone.
+      dtype: of the products and of what the layer returns, as of `Dense`; `z` itself is of at least
+        single precision.
+      param_dtype: of the parameters, as of `Dense`.
+      solver: what finds `z*`, as of `FixedPoint`. `None` is plain iteration: to the last digits, or
+        with `lipschitz` to `rtol=1e-3`, which is what training needs.
       adjoint: how it is differentiated, as of `FixedPoint`.
       max_steps: after so many steps a sample has not converged.
+      on_failure: what becomes of a sample without an equilibrium, as of `FixedPoint`.
       rngs: draws the parameters from its stream `params`.
 
     Raises:
@@ -156,21 +243,37 @@ class DEQ(FixedPoint):
         activation: str | Activation | Callable[[Array], Array] = "relu",
         kernel_size: Sequence[int] | None = None,
         padding: str = "SAME",
-        parameterization: str = "ntk",
+        parameterization: str | None = None,
+        lipschitz: float | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
         solver: FixedPointSolver | None = None,
         adjoint: Adjoint | None = None,
         max_steps: int = MAX_STEPS,
+        on_failure: OnFailure = None,
         rngs: nnx.Rngs,
     ):
         _checks.count("width", width)
         _checks.standard_deviations(W_std=W_std, U_std=U_std)
         phi = get_activation(activation)
-        if not _checks.is_traced(W_std):
+        spectral_bound = None
+        if lipschitz is not None:
+            spectral_bound = _spectral_bound(lipschitz, phi)
+            solver = Iteration(rtol=TRAINING_RTOL) if solver is None else solver
+            parameterization = parameterization or "standard"
+        elif not _checks.is_traced(W_std):
             _check_stability(float(W_std), phi)
 
-        def linear(features, W_std, b_std=None):
-            common = {"W_std": W_std, "b_std": b_std, "rngs": rngs}
-            common["parameterization"] = parameterization
+        def linear(features, W_std, b_std=None, spectral_bound=None):
+            common = {
+                "W_std": W_std,
+                "b_std": b_std,
+                "parameterization": parameterization or "ntk",
+                "spectral_bound": spectral_bound,
+                "dtype": dtype,
+                "param_dtype": param_dtype,
+                "rngs": rngs,
+            }
             if kernel_size is None:
                 return Dense(features, width, **common)
             return Conv(features, width, kernel_size, padding=padding, **common)
@@ -180,9 +283,16 @@ class DEQ(FixedPoint):
                 "padding='VALID' changes the shape of z, and the layer reads its own output; use "
                 "'SAME' or 'CIRCULAR', or FixedPoint with inject of another padding."
             )
-        cell = Hidden(phi, linear(width, W_std))
+        cell = Hidden(phi, linear(width, W_std, spectral_bound=spectral_bound))
         inject = linear(in_features, U_std, b_std)
-        super().__init__(cell, inject, solver=solver, adjoint=adjoint, max_steps=max_steps)
+        super().__init__(
+            cell,
+            inject,
+            solver=solver,
+            adjoint=adjoint,
+            max_steps=max_steps,
+            on_failure=on_failure,
+        )
 
     @property
     def activation(self) -> Activation:
@@ -194,13 +304,10 @@ class DEQ(FixedPoint):
         """The layer with the recurrent weights `W`."""
         return self.cell.linear
 
-    def __call__(self, x: Array, z0: Array | None = None) -> Array:
-        """Returns `h* = φ(z*)` for `x`, the iteration started at `z0` (default: zeros).
-
-        Raises:
-          NotConvergedError: some sample has not converged. A traced call returns NaN for it.
-        """
-        return self.activation.fn(self.equilibrium(x, z0))
+    def output(self, solution: SampleSolution) -> Array:
+        """Returns `h* = φ(z*)` of a solution, or what `on_failure` says."""
+        h = self.activation.fn(self._outcome(solution))
+        return h if self.hidden.dtype is None else h.astype(self.hidden.dtype)
 
 
 class Hidden(nnx.Module):
@@ -214,6 +321,21 @@ class Hidden(nnx.Module):
         return self.linear(self.activation.fn(z))
 
 
+def _spectral_bound(lipschitz: float, phi: Activation) -> float:
+    """The norm of the weights with which `φ`, then the weights, has a Lipschitz constant."""
+    if not 0 < lipschitz < 1:
+        raise ValueError(
+            f"lipschitz={lipschitz} must lie between 0 and 1, such as 0.9: at 1 the layer is no "
+            "contraction any more."
+        )
+    if not 0 < phi.lipschitz < math.inf:
+        raise ValueError(
+            f"lipschitz={lipschitz} needs an activation with a finite Lipschitz constant, and that "
+            f"of {phi.name} is {phi.lipschitz}."
+        )
+    return lipschitz / phi.lipschitz
+
+
 @lru_cache(maxsize=256)  # said once
 def _check_stability(W_std: float, phi: Activation) -> None:
     """Raises where no input has a stable equilibrium, and logs where not every network has one."""
@@ -223,7 +345,7 @@ def _check_stability(W_std: float, phi: Activation) -> None:
             slope = float(phi.dual_diagonal(jnp.ones(()))[1])
         if W_std**2 * slope >= 1:
             raise NoEquilibriumError(
-                f"W_std={W_std} has to be below {1 / math.sqrt(slope):.6g} for {phi.name}: a wide "
+                f"W_std={W_std} must be below {1 / math.sqrt(slope):.6g} for {phi.name}: a wide "
                 "network with these weights has no stable equilibrium for any input "
                 f"(W_std² E[φ'²] = {W_std**2 * slope:.4g} >= 1)."
             )

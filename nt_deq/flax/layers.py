@@ -13,9 +13,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
+from jax.typing import DTypeLike
 
 from nt_deq import _checks
+from nt_deq.flax.convolution import convolve
+from nt_deq.flax.spectral_norm import convolution_norm, dense_norm
 
 PADDINGS = ("SAME", "CIRCULAR", "VALID")
 
@@ -23,28 +26,76 @@ PADDINGS = ("SAME", "CIRCULAR", "VALID")
 class _Linear(nnx.Module):
     """`W_std/√fan_in · (x ∗ W) + b_std · b`, for a product `∗` that a layer defines."""
 
-    def __init__(self, shape, W_std, b_std, parameterization, rngs):
+    def __init__(
+        self, shape, W_std, b_std, parameterization, spectral_bound, dtype, param_dtype, rngs
+    ):
         _checks.standard_deviations(W_std=W_std, b_std=0.0 if b_std is None else b_std)
         if parameterization not in ("ntk", "standard"):
+            raise ValueError(f"parameterization={parameterization!r} must be 'ntk' or 'standard'.")
+        if spectral_bound is not None and not 0 < spectral_bound < math.inf:
             raise ValueError(
-                f"parameterization={parameterization!r} has to be 'ntk' or 'standard'."
+                f"spectral_bound={spectral_bound} must be a positive number, or None for weights "
+                "of any norm."
             )
+        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+            if value is not None and not jnp.issubdtype(value, jnp.floating):
+                raise ValueError(f"{name}={value} must be a floating-point dtype, or None.")
         self.W_std, self.b_std, self.parameterization = W_std, b_std, parameterization
+        self.spectral_bound, self.dtype = spectral_bound, dtype
+        self.scaled_for: tuple[int, ...] | None = None  # set by normalize
         standard = parameterization == "standard"
         fan_in = math.prod(shape[:-1])
-        W = jax.random.normal(rngs.params(), shape)
+        param_dtype = jnp.zeros(()).dtype if param_dtype is None else param_dtype
+        W = jax.random.normal(rngs.params(), shape, param_dtype)
         self.W = nnx.Param(W * (W_std / fan_in**0.5) if standard else W)
         if b_std is not None:
-            b = jax.random.normal(rngs.params(), shape[-1:])
+            b = jax.random.normal(rngs.params(), shape[-1:], param_dtype)
             self.b = nnx.Param(b * b_std if standard else b)
+
+    @property
+    def scale(self) -> float | Array:
+        """What the parameter `W` is multiplied by in the forward pass."""
+        if self.parameterization == "standard":
+            return 1.0
+        return self.W_std / math.prod(self.W.shape[:-1]) ** 0.5
+
+    def _norm(self, W: Array, space: tuple[int, ...]) -> Array:
+        """An upper bound of the norm of `x -> x ∗ W`."""
+        raise NotImplementedError
+
+    def bounded(self, space: tuple[int, ...]) -> Array:
+        """`W`, scaled down so that the layer's linear map has a norm of at most `spectral_bound`.
+
+        Args:
+          space: size of the spatial axes, which the norm of a convolution depends on.
+        """
+        W = self.W[...]
+        if self.spectral_bound is None:
+            return W
+        norm = self.scale * self._norm(W.astype(_at_least_single(W.dtype)), space)
+        small = norm <= self.spectral_bound
+        factor = jnp.where(small, 1, self.spectral_bound / jnp.where(small, 1, norm))
+        return W * factor.astype(W.dtype)
+
+    def _operands(self, x: Array, space: tuple[int, ...] = ()) -> tuple[Array, Array]:
+        """`x` and `W` in the dtype of the product."""
+        W = self.bounded(space)
+        dtype = jnp.promote_types(x.dtype, W.dtype) if self.dtype is None else self.dtype
+        return x.astype(dtype), W.astype(dtype)
 
     def _affine(self, product: Array) -> Array:
         """Scales `x ∗ W` and adds the bias."""
-        if self.parameterization == "standard":
-            return product if self.b_std is None else product + self.b[...]
-        fan_in = math.prod(self.W.shape[:-1])
-        y = product * jnp.asarray(self.W_std / fan_in**0.5, product.dtype)
-        return y if self.b_std is None else y + self.b_std * self.b[...]
+        y = product
+        if self.parameterization == "ntk":
+            y = y * jnp.asarray(self.scale, y.dtype)
+        if self.b_std is None:
+            return y
+        b = self.b[...] if self.parameterization == "standard" else self.b_std * self.b[...]
+        return y + b.astype(y.dtype)
+
+
+def _at_least_single(dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 class Dense(_Linear):
@@ -60,6 +111,11 @@ class Dense(_Linear):
       b_std: standard deviation of the biases; `None` for none.
       parameterization: `'ntk'` or `'standard'`: whether the deviations scale the parameters in
         every forward pass, or once, when they are drawn.
+      spectral_bound: the weights are scaled down, in every forward pass, to a linear map of at most
+        this norm; smaller ones are left as they are. `None` bounds nothing. The norm is known from
+        above, a few per cent high (Delattre et al. 2023), and the factor is differentiated.
+      dtype: of the product; `None` is that of `x` and the parameters.
+      param_dtype: of the parameters; `None` is JAX's default, float32 or float64.
       rngs: draws `W` and `b` from its stream `params`.
 
     Raises:
@@ -74,16 +130,26 @@ class Dense(_Linear):
         W_std: float = 1.0,
         b_std: float | None = None,
         parameterization: str = "ntk",
+        spectral_bound: float | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
         _checks.count("in_features", in_features)
         _checks.count("out_features", out_features)
-        super().__init__((in_features, out_features), W_std, b_std, parameterization, rngs)
+        super().__init__(
+            (in_features, out_features),
+            *(W_std, b_std, parameterization, spectral_bound, dtype, param_dtype, rngs),
+        )
+
+    def _norm(self, W: Array, space: tuple[int, ...]) -> Array:
+        del space
+        return dense_norm(W)
 
     def __call__(self, x: Array) -> Array:
         """Applies the layer to `x`, `(..., in_features)`."""
         _checks.features("x", x, self.W.shape[0])
-        return self._affine(jnp.matmul(x, self.W[...], precision="highest"))
+        return self._affine(jnp.matmul(*self._operands(x), precision="highest"))
 
 
 class Conv(_Linear):
@@ -100,7 +166,7 @@ class Conv(_Linear):
       padding: `'SAME'` (zeros), `'CIRCULAR'` (a torus), which keep the shape, or `'VALID'`.
       W_std: standard deviation of the weights.
       b_std: standard deviation of the biases; `None` for none.
-      parameterization: `'ntk'` or `'standard'`, as of `Dense`.
+      parameterization, spectral_bound, dtype, param_dtype: as of `Dense`.
       rngs: draws `W` and `b` from its stream `params`.
 
     Raises:
@@ -117,42 +183,65 @@ class Conv(_Linear):
         W_std: float = 1.0,
         b_std: float | None = None,
         parameterization: str = "ntk",
+        spectral_bound: float | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
         _checks.count("in_features", in_features)
         _checks.count("out_features", out_features)
         if not (isinstance(kernel_size, Sequence) and len(kernel_size) in (1, 2)):
             raise ValueError(
-                f"kernel_size={kernel_size!r} has to be one or two integers, as (3,) or (3, 3)."
+                f"kernel_size={kernel_size!r} must be one or two integers, as (3,) or (3, 3)."
             )
         for size in kernel_size:
             _checks.count("kernel_size", size)
         if padding not in PADDINGS:
-            raise ValueError(f"padding={padding!r} has to be one of {', '.join(PADDINGS)}.")
+            raise ValueError(f"padding={padding!r} must be one of {', '.join(PADDINGS)}.")
         self.padding = padding
         shape = (*kernel_size, in_features, out_features)
-        super().__init__(shape, W_std, b_std, parameterization, rngs)
+        super().__init__(
+            shape, W_std, b_std, parameterization, spectral_bound, dtype, param_dtype, rngs
+        )
+
+    def _norm(self, W: Array, space: tuple[int, ...]) -> Array:
+        return convolution_norm(W, space, self.padding)
 
     def __call__(self, x: Array) -> Array:
         """Applies the layer to `x`, `(batch, ..., in_features)`."""
-        W = self.W[...]
-        _checks.features("x", x, W.shape[-2])
-        if x.ndim != W.ndim:
+        sizes = self.W.shape[:-2]
+        _checks.features("x", x, self.W.shape[-2])
+        if x.ndim != len(sizes) + 2:
             raise ValueError(
-                f"x has shape {x.shape}; this layer was made for {W.ndim - 2} spatial axes between "
+                f"x has shape {x.shape}; this layer was made for {len(sizes)} spatial axes between "
                 "the batch and the features."
             )
-        padding = self.padding
-        if padding == "CIRCULAR":
-            around = [((size - 1) // 2, size // 2) for size in W.shape[:-2]]
-            x, padding = jnp.pad(x, [(0, 0), *around, (0, 0)], mode="wrap"), "VALID"
-        space = "HW"[: W.ndim - 2]
-        product = lax.conv_general_dilated(
-            x,
-            W,
-            window_strides=(1,) * len(space),
-            padding=padding,
-            dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
-            precision="highest",
-        )
-        return self._affine(product)
+        if self.scaled_for not in (None, x.shape[1:-1]):
+            raise ValueError(
+                f"x has shape {x.shape}, and spectral_bound was applied for the spatial axes "
+                f"{self.scaled_for} of z: a convolution of a cell with other axes can have no "
+                "spectral_bound."
+            )
+        x, W = self._operands(x, x.shape[1:-1])
+        around = [((size - 1) // 2, size // 2) for size in sizes]
+        none = [(0, 0)] * len(sizes)
+        if self.padding == "CIRCULAR":
+            x = jnp.pad(x, [(0, 0), *around, (0, 0)], mode="wrap")
+        return self._affine(convolve(x, W, around if self.padding == "SAME" else none))
+
+
+def normalize(module: nnx.Module, space: tuple[int, ...]) -> nnx.Module:
+    """A copy in which the layers with a `spectral_bound` have their weights scaled, once for all.
+
+    Args:
+      module: is not changed.
+      space: size of the spatial axes of what its convolutions are applied to.
+    """
+    graph, state = nnx.split(module)
+    copy = nnx.merge(graph, state)
+    for _, layer in nnx.iter_graph(copy):
+        if isinstance(layer, _Linear) and layer.spectral_bound is not None:
+            layer.W = nnx.Param(layer.bounded(space))
+            layer.spectral_bound = None
+            layer.scaled_for = space if isinstance(layer, Conv) else None
+    return copy

@@ -43,11 +43,11 @@ class Anderson(Iteration):
     def __check_init__(self):
         if not (isinstance(self.window, int) and 1 <= self.window <= 20):
             raise ValueError(
-                f"Anderson(window={self.window!r}): window has to be an integer from 1 to 20."
+                f"Anderson(window={self.window!r}): window must be an integer from 1 to 20."
             )
         if not 0 < self.angle < 1:
             raise ValueError(
-                f"Anderson(angle={self.angle}): angle is a sine and has to lie in (0, 1)."
+                f"Anderson(angle={self.angle}): angle is a sine and must lie in (0, 1)."
             )
 
     def start(self, y):

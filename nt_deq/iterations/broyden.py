@@ -37,7 +37,7 @@ class Broyden(Iteration):
     def __check_init__(self):
         if not (isinstance(self.terms, int) and 1 <= self.terms <= 100):
             raise ValueError(
-                f"Broyden(terms={self.terms!r}): terms has to be an integer from 1 to 100."
+                f"Broyden(terms={self.terms!r}): terms must be an integer from 1 to 100."
             )
 
     def start(self, y):

@@ -26,7 +26,8 @@ class SampleSolution(NamedTuple):
       value: `z`, the iterate with the smallest residual of every sample.
       steps: evaluations of the layer (of another optimistix solver: its steps).
       residual: `(batch,)`, `|f(z) - z|` in the 2-norm.
-      converged: `(batch,)`, whether the residual is within the solver's tolerance.
+      converged: `(batch,)`, whether the residual is within the solver's tolerance; of `Unrolled`,
+        which looks for no equilibrium, whether the value is finite.
     """
 
     value: Any
@@ -69,6 +70,12 @@ def push(newest: Array, history: Array) -> Array:
     return jnp.concatenate([newest[None], history[:-1]])
 
 
+def default_rtol(dtype) -> float:
+    """The tolerance that a layer computed in this dtype can reach."""
+    # In 16 bits a unit of the last place is so much that 32 of them would be no tolerance.
+    return (2 if jnp.finfo(dtype).bits < 32 else 32) * float(jnp.finfo(dtype).eps)
+
+
 class _State(eqx.Module):
     best: Array
     residual: Array  # of the best
@@ -85,7 +92,7 @@ class Iteration(optimistix.AbstractFixedPointSolver):
 
     Attributes:
       rtol: a sample has converged where `|f(z) - z| <= atol + rtol |f(z)|`; `None` is 32 units of
-        the last place.
+        the last place of float32 or float64, and 2 of a layer computed in bfloat16 or float16.
       atol: likewise.
       damping: how much of `z` is kept, in [0, 1).
       norm: the norm of each sample, `(batch, ...) -> (batch,)`; by default the 2-norm.
@@ -101,16 +108,16 @@ class Iteration(optimistix.AbstractFixedPointSolver):
         for field in ("rtol", "atol"):
             value = getattr(self, field)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}({field}={value}): {field} has to be finite and >= 0.")
+                raise ValueError(f"{name}({field}={value}): {field} must be finite and >= 0.")
         if not 0 <= self.damping < 1:
             raise ValueError(
-                f"{name}(damping={self.damping}): damping is the part of z that is kept and has to "
+                f"{name}(damping={self.damping}): damping is the part of z that is kept and must "
                 "lie in [0, 1)."
             )
 
     def within(self, residual: Array, size: Array) -> Array:
         """Whether a residual of this norm is small for a sample of norm `size`."""
-        rtol = 32 * float(jnp.finfo(size.dtype).eps) if self.rtol is None else self.rtol
+        rtol = default_rtol(size.dtype) if self.rtol is None else self.rtol
         # A norm that has overflowed allows nothing.
         return jnp.isfinite(size) & (residual <= self.atol + rtol * size)
 
