@@ -41,7 +41,7 @@ lint: .venv/.types
 # Built, and all of its code and the README's run as users run it: every page by itself, with every
 # optimisation, at the sizes shown and at others. Material announces its successor at every start.
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 	$(RUN) $(PYTEST) tests/test_docs.py tests/test_readme.py
 
 notebooks: .venv/.notebooks
