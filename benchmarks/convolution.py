@@ -20,9 +20,8 @@ import nt_deq  # isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
-from neural_tangents import stax as nt_stax
 
-from nt_deq import stax
+from nt_deq import nt, stax
 from benchmarks import _measure
 from nt_deq.fixed_point import solve_fixed_point, unreversed
 
@@ -34,10 +33,10 @@ SETTING = dict(filter_shape=(3, 3), padding="SAME")
 
 def layers(pool: bool) -> tuple[Any, Any]:
     """The cell and the injection."""
-    conv = nt_stax.Conv(1, W_std=1.1, **SETTING)
-    average = [nt_stax.AvgPool((3, 3), (1, 1), "SAME")] if pool else []
-    cell = nt_stax.serial(stax.Relu(), *average, conv)
-    return cell, nt_stax.Conv(1, W_std=1.0, b_std=0.1, **SETTING)
+    conv = nt.stax.Conv(1, W_std=1.1, **SETTING)
+    average = [nt.stax.AvgPool((3, 3), (1, 1), "SAME")] if pool else []
+    cell = nt.stax.serial(stax.Relu(), *average, conv)
+    return cell, nt.stax.Conv(1, W_std=1.0, b_std=0.1, **SETTING)
 
 
 def by_fixed_point(pool: bool, solver: Any, x: jax.Array) -> tuple[jax.Array, ...]:
@@ -45,7 +44,7 @@ def by_fixed_point(pool: bool, solver: Any, x: jax.Array) -> tuple[jax.Array, ..
     cell, inject = layers(pool)
     s = unreversed(inject[2](x, None))
     k, _, steps = solve_fixed_point(cell[2], s, solver)
-    out = nt_stax.GlobalAvgPool()[2](k)
+    out = nt.stax.GlobalAvgPool()[2](k)
     return out.nngp, out.ntk, steps
 
 
@@ -59,7 +58,7 @@ def by_layers(pool: bool, depth: int, x: jax.Array) -> tuple[jax.Array, ...]:
         return new.nngp + s.nngp, new.ntk + s.ntk, new.cov1 + s.cov1
 
     nngp, ntk, cov1 = jax.lax.fori_loop(0, depth, layer, (s.nngp, s.ntk, s.cov1))
-    out = nt_stax.GlobalAvgPool()[2](s.replace(nngp=nngp, ntk=ntk, cov1=cov1))
+    out = nt.stax.GlobalAvgPool()[2](s.replace(nngp=nngp, ntk=ntk, cov1=cov1))
     return out.nngp, out.ntk
 
 

@@ -23,14 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from neural_tangents import stax as nt_stax
 
-from nt_deq import stax
+from nt_deq import nt, stax
 from benchmarks import _measure
 
 FEATURES, DEPTHS, SIZES, LARGE = 784, (1, 10, 30, 100), (500, 2000, 8000), 4000
 SETTING = dict(W_std=0.9, U_std=1.0, b_std=0.2)
-EXPLICIT = {"relu": nt_stax.Relu, "erf": nt_stax.Erf, "gelu": nt_stax.Gelu}
+EXPLICIT = {"relu": nt.stax.Relu, "erf": nt.stax.Erf, "gelu": nt.stax.Gelu}
 SOLVERS: dict[str, tuple[Any, ...]] = {
     "relu": (nt_deq.Chebyshev(), nt_deq.Newton(), nt_deq.Picard()),
     "erf": (nt_deq.Newton(), nt_deq.Picard()),
@@ -63,8 +62,8 @@ def by_stax(activation: str) -> Callable[[jax.Array], Any]:
 
 def by_layers(activation: str, depth: int) -> Callable[[jax.Array], Any]:
     """The kernels of `z` after `depth` explicit layers with an injection."""
-    cell = nt_stax.serial(EXPLICIT[activation](), nt_stax.Dense(1, SETTING["W_std"]))[2]
-    inject = nt_stax.Dense(1, SETTING["U_std"], SETTING["b_std"])[2]
+    cell = nt.stax.serial(EXPLICIT[activation](), nt.stax.Dense(1, SETTING["W_std"]))[2]
+    inject = nt.stax.Dense(1, SETTING["U_std"], SETTING["b_std"])[2]
 
     def fn(x):
         k = s = inject(x)

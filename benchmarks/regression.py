@@ -20,11 +20,9 @@ from typing import Any
 
 import nt_deq  # isort: split
 
-import neural_tangents as nt
 import numpy as np
-from neural_tangents import stax as nt_stax
 
-from nt_deq import stax
+from nt_deq import nt, stax
 from benchmarks import _measure
 from experiments.data import Dataset, load
 from experiments.report import fit_power_law
@@ -47,9 +45,9 @@ def ours(data: Dataset, method: Any) -> np.ndarray:
 
 def by_layers(data: Dataset) -> np.ndarray:
     """The same of explicit layers, by `nt.batch` and `nt.predict`."""
-    cell = nt_stax.serial(nt_stax.Relu(), nt_stax.Dense(1, W_STD))[2]
-    inject = nt_stax.Dense(1, U_STD, B_STD)[2]
-    readout = nt_stax.serial(nt_stax.Relu(), nt_stax.Dense(1))[2]
+    cell = nt.stax.serial(nt.stax.Relu(), nt.stax.Dense(1, W_STD))[2]
+    inject = nt.stax.Dense(1, U_STD, B_STD)[2]
+    readout = nt.stax.serial(nt.stax.Relu(), nt.stax.Dense(1))[2]
 
     def kernel_fn(x1, x2=None, get=("nngp", "ntk")):
         k = s = inject(x1, x2)

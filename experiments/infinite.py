@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
-import neural_tangents as nt
 import numpy as np
 
 import nt_deq
+from nt_deq import nt
 from experiments.network import Architecture
 from experiments.workdir import Arrays
 

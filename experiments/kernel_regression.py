@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from neural_tangents import stax
 from scipy import linalg
 
+from nt_deq import nt
 from experiments.errors import TrainingError
 from experiments.network import Architecture
 from experiments.workdir import Arrays
@@ -56,8 +56,8 @@ def _deq_tile(x1, x2, W_std, get):
 
 @partial(jax.jit, static_argnames=("depth", "get"))
 def _explicit_tile(x1, x2, depth, get):
-    layers = [stax.Dense(1, W_std=2**0.5), stax.Relu()] * depth
-    return stax.serial(*layers, stax.Dense(1))[2](x1, x2, get)
+    layers = [nt.stax.Dense(1, W_std=2**0.5), nt.stax.Relu()] * depth
+    return nt.stax.serial(*layers, nt.stax.Dense(1))[2](x1, x2, get)
 
 
 def deq(get: str, W_std: float) -> Kernel:
