@@ -9,7 +9,6 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from nt_deq import NoEquilibriumError, activations
 from experiments import finite, infinite, launch
@@ -19,6 +18,7 @@ from experiments.launch import flag
 from experiments.network import Architecture
 from experiments.workdir import Arrays, Workdir
 from nt_deq._compat import enable_x64
+from nt_deq._progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _finite(
     workdir: Workdir,
 ) -> Arrays:
     def compute():
-        with tqdm(total=settings.steps, desc=name, unit="step", file=sys.stderr) as bar:
+        with progress_bar(total=settings.steps, desc=name, unit="step") as bar:
             return finite.train(settings.architecture, **problem, **options, progress=bar.update)
 
     name = f"width {width}"

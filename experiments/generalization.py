@@ -13,14 +13,12 @@ Writes results.json, generalization.png and report.md to --workdir.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from sklearn.metrics.pairwise import rbf_kernel
-from tqdm import tqdm
 
 from experiments import generalization_report, interpolation, launch
 from experiments.data import Dataset, DataSettings, load
@@ -29,6 +27,7 @@ from experiments.kernel_regression import REGULARISATION, Kernel, deq, explicit,
 from experiments.launch import flag
 from experiments.network import Architecture
 from experiments.workdir import Workdir
+from nt_deq._progress import progress_bar
 
 W_STDS = (0.6, 1.0, 1.2)  # of the infinitely wide DEQs
 DEPTHS = (1, 3, 10)  # hidden layers of explicit networks
@@ -161,7 +160,7 @@ def measure_kernels(
 
         def compute(name=name, family=family, shapes=shapes):
             total = len(shapes) * len(REGULARISATION)
-            with tqdm(total=total, desc=f"{name}, n = {count}", file=sys.stderr) as bar:
+            with progress_bar(total=total, desc=f"{name}, n = {count}") as bar:
                 y = problem.targets.swapaxes(0, 1)
                 return regress(family, shapes, problem.x, y, data.x_test, bar.update)
 
@@ -199,10 +198,9 @@ def measure_networks(
     for width in sorted(settings.widths):
 
         def compute(width=width):
-            with tqdm(
-                desc=f"width {width}, n = {count}: at most {settings.max_steps} steps", unit="step",
-                file=sys.stderr,
-            ) as bar:  # fmt: skip
+            with progress_bar(
+                desc=f"width {width}, n = {count}: at most {settings.max_steps} steps", unit="step"
+            ) as bar:
                 return interpolation.train(
                     architecture, width, problem.x, problem.targets, data.x_test, **options,
                     progress=bar.update,

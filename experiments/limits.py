@@ -11,7 +11,6 @@ without injection (`W_std² = 2`). Writes results.json, limits.png and report.md
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from tqdm import tqdm
 
 from nt_deq import theory
 from experiments import launch, random_networks, report
@@ -29,6 +27,7 @@ from experiments.launch import flag
 from experiments.random_networks import ACTIVATIONS, CALL, output_moments, relative_error
 from experiments.workdir import Workdir
 from nt_deq._compat import enable_x64
+from nt_deq._progress import progress_bar
 
 DEPTHS = (1, 2, 3, 5, 10, 30)
 MLP_DEPTHS = (1, 4, 16, 64)
@@ -87,7 +86,7 @@ def _mlps(settings: Settings, workdir: Workdir, x: np.ndarray, width: int) -> np
 
     def compute():
         parts = []
-        for first in tqdm(range(0, count, CALL), desc=f"mlp-width-{width}", file=sys.stderr):
+        for first in progress_bar(range(0, count, CALL), desc=f"mlp-width-{width}"):
             keys = jax.vmap(partial(jax.random.fold_in, root))(first + jnp.arange(CALL))
             parts.append(np.asarray(_draw_mlps(keys, x32, width=width)))
         return {"covariances": np.concatenate(parts)[:count]}

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nt_deq import KernelRegression, activations, stax
 from experiments import launch, report
@@ -30,6 +29,7 @@ from experiments.data import Dataset, DataSettings, load
 from experiments.errors import InputError, TrainingError
 from experiments.launch import flag
 from experiments.workdir import Workdir
+from nt_deq._progress import progress_bar
 from nt_deq.large import NotPositiveDefiniteError, StoreError
 
 TUNED_W_STD = (0.3, 0.5, 0.7, 0.9)
@@ -80,7 +80,7 @@ def tune(settings: Settings, data: Dataset) -> list[dict[str, float]]:
     x, y = data.x_train, data.y_train
     grid = list(itertools.product(TUNED_W_STD, TUNED_DIAG_REG))
     rows = []
-    for W_std, diag_reg in tqdm(grid, desc="tune", unit="setting", file=sys.stderr):
+    for W_std, diag_reg in progress_bar(grid, desc="tune", unit="setting"):
         regression = settings.regression(W_std, diag_reg, method="cholesky", progress=False)
         try:
             regression.fit(x[:fitted], y[:fitted])

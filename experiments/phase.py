@@ -11,14 +11,12 @@ plain iteration comes to rest. Writes results.json, phase.png and report.md to -
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from nt_deq import theory
 from experiments import launch, report
@@ -26,6 +24,7 @@ from experiments.launch import flag
 from experiments.random_networks import FEATURES
 from experiments.workdir import Workdir
 from nt_deq._compat import enable_x64
+from nt_deq._progress import progress_bar
 
 PHI: dict[str, tuple[Callable, Callable]] = {  # φ and φ'
     "tanh": (np.tanh, lambda z: 1 / np.cosh(z) ** 2),
@@ -71,7 +70,7 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> list[dict[
     x = np.random.default_rng(settings.seed).standard_normal((settings.inputs_count, FEATURES))
     W_stds = np.linspace(0, LARGEST, settings.points + 1)[1:].round(6).tolist()
     found = []
-    for W_std in tqdm(W_stds, desc=activation, unit="W_std", file=sys.stderr):
+    for W_std in progress_bar(W_stds, desc=activation, unit="W_std"):
 
         def compute(W_std=W_std):
             outcomes = []

@@ -8,7 +8,6 @@ whatever their number; blocks of networks are parts of the working directory.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from tqdm import tqdm
 
 import nt_deq
 from experiments import launch
@@ -25,6 +23,7 @@ from experiments.errors import TrainingError
 from experiments.launch import flag
 from experiments.workdir import Arrays, Workdir
 from nt_deq._compat import enable_x64
+from nt_deq._progress import progress_bar
 from nt_deq.activations import get_activation
 
 ACTIVATIONS = ("tanh", "relu")
@@ -152,7 +151,7 @@ def sample(
     size = max(1, min(count, BLOCK // width**2))
     blocks: list[Arrays] = []
     name = f"{activation}-width-{width}"
-    with tqdm(total=count, desc=name, unit="network", file=sys.stderr) as bar:
+    with progress_bar(total=count, desc=name, unit="network") as bar:
         for start in range(0, count, size):
             stop = min(start + size, count)
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
-from tqdm import tqdm
 
 from experiments import launch, tabular_methods, tabular_report
 from experiments.errors import InputError
 from experiments.launch import flag
 from experiments.tabular_methods import METHODS
 from experiments.workdir import Arrays, Workdir
+from nt_deq._progress import progress_bar
 
 FOLDS = 5
 FULL = {"max_n": 2500}
@@ -92,7 +92,7 @@ def load_tables(max_n: int) -> tuple[list[Table], dict[str, int]]:
     return sorted(tables, key=lambda table: len(table.y)), left_out
 
 
-def measure(table: Table, method: str, seed: int, workdir: Workdir, bar: tqdm) -> Arrays:
+def measure(table: Table, method: str, seed: int, workdir: Workdir, bar: Any) -> Arrays:
     """Tests a method on every fold.
 
     Returns:
@@ -131,7 +131,7 @@ def main(settings: Settings, workdir: Workdir) -> None:
     )
     found = {}
     total = len(tables) * len(METHODS) * FOLDS
-    with tqdm(total=total, unit="fold", file=sys.stderr) as bar:
+    with progress_bar(total=total, unit="fold") as bar:
         for table in tables:
             found[table.name] = {
                 method: measure(table, method, settings.seed, workdir, bar) for method in METHODS

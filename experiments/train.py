@@ -22,7 +22,6 @@ A line of metrics:
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,6 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from optax import Schedule
-from tqdm import tqdm
 
 from nt_deq import NoEquilibriumError, activations
 from experiments import launch
@@ -44,6 +42,7 @@ from experiments.launch import flag
 from experiments.network import Architecture, Network
 from experiments.report import console_table
 from experiments.workdir import Workdir, fingerprint, versions
+from nt_deq._progress import progress_bar
 from nt_deq.adjoints import MAX_STEPS
 from nt_deq.iterations import Iteration
 
@@ -141,7 +140,7 @@ def train(settings: Settings, workdir: Workdir) -> list[dict[str, float]]:
     log_every = settings.log_every or settings.steps_per_epoch
     checkpoint_every = settings.checkpoint_every or settings.steps_per_epoch
 
-    with tqdm(total=settings.steps, initial=step, unit="step", file=sys.stderr) as bar:
+    with progress_bar(total=settings.steps, initial=step, unit="step") as bar:
         for epoch in range(step // settings.steps_per_epoch, settings.epochs):
             batches = _batches(settings, epoch)
             end = (epoch + 1) * settings.steps_per_epoch

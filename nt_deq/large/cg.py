@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm import tqdm
 
+from nt_deq._progress import progress_bar
 from nt_deq.kernel import NotConvergedError, NotPositiveDefiniteError
 from nt_deq.large.layout import in_float64
 
@@ -73,9 +72,7 @@ def solve(
     value, r = _zeros_like(b), b
     residuals: list[float] = []
     worst = float((norms / size).max())
-    with tqdm(
-        desc="conjugate gradients", unit="step", file=sys.stderr, disable=not progress
-    ) as bar:
+    with progress_bar(desc="conjugate gradients", unit="step", disable=not progress) as bar:
         while worst > tol:
             target = max(tol / 2, worst * _ACCURACY)
             p = rz = previous = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,9 +14,9 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 from nt_deq._compat import shard_map
+from nt_deq._progress import progress_bar
 from nt_deq.kernel import NoEquilibriumError
 from nt_deq.large.layout import AXIS, Layout, Round
 from nt_deq.large.store import Store
@@ -226,7 +225,7 @@ def watched(rounds, layout: Layout, progress: bool):
     """`rounds` with a progress bar of tiles, by the first process."""
     total = layout.tiles * (layout.tiles + 1) // 2
     quiet = not progress or jax.process_index() != 0
-    with tqdm(total=total, desc="kernel", unit="tile", file=sys.stderr, disable=quiet) as bar:
+    with progress_bar(total=total, desc="kernel", unit="tile", disable=quiet) as bar:
         for round_, tile in rounds:
             yield round_, tile
             bar.update(int(round_.weights.sum()))
