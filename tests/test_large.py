@@ -17,7 +17,7 @@ from sklearn.kernel_ridge import KernelRidge
 
 import nt_deq
 from nt_deq import KernelRegression, stax
-from nt_deq.large import NotPositiveDefiniteError, StoreError, cg, layout
+from nt_deq.large import NotPositiveDefiniteError, StoreError, cg, cholesky, layout
 from nt_deq.large.layout import Layout
 from nt_deq.large.matrix import InMemory, KernelTiles
 from nt_deq.large.nystrom import Nystrom
@@ -60,6 +60,21 @@ NETWORKS = pytest.mark.parametrize(
     ],
     ids=["explicit", "deq-ntk", "deq-nngp"],
 )
+
+
+def test_leave_one_out_is_the_prediction_without_it(data, monkeypatch, x64):
+    monkeypatch.setattr(cholesky, "_COLUMNS", 7)
+    x, y = data[0][:20], data[1][:20]
+    found = fit((x, y), method="cholesky")
+    wanted = nt_deq.gp.leave_one_out(KERNEL_FN, x, y, found.ridge_, "ntk")
+    np.testing.assert_allclose(found.leave_one_out(), wanted.mean, rtol=1e-8)
+    rest = np.arange(20) != 3
+    alone = nt_deq.gp.posterior(KERNEL_FN, x[rest], y[rest], found.ridge_, x[3:4], "ntk")
+    np.testing.assert_allclose(found.leave_one_out()[3], alone.mean[0], rtol=1e-8)
+    flat = fit((x, y[:, 0]), method="cholesky").leave_one_out()
+    np.testing.assert_allclose(flat, wanted.mean[:, 0], rtol=1e-8)
+    with pytest.raises(ValueError, match="method='cholesky'"):
+        fit((x, y), method="cg").leave_one_out()
 
 
 @NETWORKS
@@ -294,13 +309,26 @@ def test_a_store_goes_on_and_does_not_trust_a_damaged_tile(data, tmp_path, monke
     np.testing.assert_array_equal(again.coefficients_, whole.coefficients_)
 
 
+def test_a_store_of_another_kernel_says_in_which_setting(data, tmp_path):
+    store, settings = tmp_path / "k", {"W_std": 1.5, "b_std": 0.2}
+    fit(data, store=store, settings=settings)
+    fit(data, store=store, settings={"W_std": "3/2"})  # another name for the same kernel
+    other = {"kernel_fn": explicit(1.6), "settings": {**settings, "W_std": 1.6}}
+    with pytest.raises(StoreError, match=r"another kernel \(W_std: 1.5 there, 1.6 here\):"):
+        fit(data, store=store, **other)
+    with pytest.raises(StoreError, match=r"\(W_std: 1.5 there, 1.6 here; .*data_shape"):
+        fit((data[0][:100], data[1][:100]), store=store, **other)
+
+
 def test_a_store_of_something_else_is_refused(data, tmp_path):
     fit(data, store=tmp_path / "k")
     before = tiles(tmp_path / "k")
     with pytest.raises(StoreError, match=r"another kernel .*kernel:"):
         fit(data, store=tmp_path / "k", kernel_fn=explicit(1.501))
-    with pytest.raises(StoreError, match="data:"):
+    with pytest.raises(StoreError, match=r"\(the inputs have other values\)"):
         fit((data[0][::-1], data[1]), store=tmp_path / "k")
+    with pytest.raises(StoreError, match=r"\(data_shape: \[120, 6\] there, \[100, 6\] here\)"):
+        fit((data[0][:100], data[1][:100]), store=tmp_path / "k")
     with pytest.raises(StoreError, match="get:"):
         fit(data, store=tmp_path / "k", get="nngp")
     assert tiles(tmp_path / "k") == before

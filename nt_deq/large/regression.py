@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -57,6 +57,8 @@ class KernelRegression:
       memory: bytes that the fit may take; `None` is what is available.
       seed: of the landmarks.
       progress: whether to say, on stderr, what is going on.
+      settings: what `kernel_fn` was made of, such as `{'W_std': 0.8}`, as JSON has it: an error
+        about a store with another kernel then says which of them differ.
 
     Attributes:
       plan_: the `Plan` of the fit.
@@ -84,6 +86,7 @@ class KernelRegression:
         memory: float | None = None,
         seed: int = 0,
         progress: bool = True,
+        settings: Mapping[str, Any] | None = None,
     ):
         choices = {
             "get": (get, ("nngp", "ntk")),
@@ -110,7 +113,7 @@ class KernelRegression:
         self.method: Method = "cg" if store is not None else method
         self.store, self.mesh, self.keep = store, mesh, keep
         self.rank, self.tol, self.memory = rank, tol, memory
-        self.seed, self.progress = seed, progress
+        self.seed, self.progress, self.settings = seed, progress, dict(settings or {})
 
     def fit(self, x: Any, y: Any) -> KernelRegression:
         """Fits to inputs `x (n, ...)` and targets `y`.
@@ -152,17 +155,17 @@ class KernelRegression:
             self.ridge_ = self.diag_reg * float(diagonal.mean())
             store = None
             if self.store is not None:
-                description = describe(self.kernel_fn, self.get, layout, x)
+                description = describe(self.kernel_fn, self.get, layout, x, self.settings)
                 store = Store(self.store, layout, description)
             seconds = time_tile(compute, targets.shape[1])
             total = estimate_seconds(self.plan_, layout, targets.shape[1], *seconds)
             self.plan_ = dataclasses.replace(self.plan_, seconds=total)
             self._tell(f"{len(x)} inputs by {self.plan_}")
 
-            self.solution_ = None
+            self.solution_, self._factor, self._targets = None, None, targets
             if self.plan_.method == "cholesky":
                 factor = Cholesky(compute, self.ridge_, self.progress)
-                self._solve = factor.solve
+                self._solve, self._factor = factor.solve, factor
                 self.coefficients_ = factor.solve(targets)
             else:
                 self._prepare(compute, diagonal, store)
@@ -201,6 +204,23 @@ class KernelRegression:
                 return mean
             std = [self._std(part) for part in _parts(x, _TEST_STD)]
         return mean, np.concatenate(std)
+
+    def leave_one_out(self) -> np.ndarray:
+        """Predicts every training target from all the others, at the price of another fit.
+
+        GPML eq. 5.12, with the same `ridge_` throughout.
+
+        Returns:
+          `(n,)` or `(n, C)`, like those of `predict`.
+
+        Raises:
+          ValueError: there was no fit, or it was one of conjugate gradients, which do not have it.
+        """
+        factor = getattr(self, "_factor", None)
+        if factor is None:
+            raise ValueError("leave_one_out needs a fit with method='cholesky'.")
+        mean = self._targets - self.coefficients_ / factor.inverse_diagonal()[:, None]
+        return mean[:, 0] if self._flat else mean
 
     def _check(self, x, y) -> tuple[np.ndarray, np.ndarray]:
         x, y = self._check_inputs("x", x), np.asarray(y)

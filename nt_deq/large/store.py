@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,12 +31,16 @@ class StoreError(RuntimeError):
 
 
 def describe(
-    kernel_fn: Callable[..., Any], get: str, layout: Layout, x: np.ndarray
+    kernel_fn: Callable[..., Any],
+    get: str,
+    layout: Layout,
+    x: np.ndarray,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What a stored kernel depends on: it is used again only where all of this is equal.
 
     A kernel function cannot be looked into, so its values between a few of the inputs stand for
-    it and its hyper-parameters.
+    it and its hyper-parameters. `settings` are for people: they say what differs if something does.
     """
     few = x[np.linspace(0, len(x) - 1, min(len(x), 8)).astype(int)]
     probe = np.asarray(jax.jit(lambda x: kernel_fn(x, None, get))(few))
@@ -51,7 +55,33 @@ def describe(
         "versions": {
             name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "neural-tangents")
         },
+        "settings": dict(settings),
     }
+
+
+def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """What makes two kernels different ones, in words; none if nothing does.
+
+    Another precision makes other inputs, and all of it other values of the kernel: what follows
+    from something else is not told.
+    """
+    if all(found.get(key) == expected[key] for key in expected if key != "settings"):
+        return []
+
+    def changes(before, now, names):
+        return [
+            f"{name}: {_short(before.get(name))} there, {_short(now[name])} here"
+            for name in names
+            if before.get(name) != now[name]
+        ]
+
+    of_inputs = changes(found, expected, ("data_shape", "data_dtype"))
+    shown = changes(found.get("settings", {}), expected["settings"], expected["settings"])
+    shown += changes(found, expected, ("get", "side", "platform")) + of_inputs
+    shown += changes(found.get("versions", {}), expected["versions"], expected["versions"])
+    if found.get("data") != expected["data"] and not of_inputs:
+        shown.append("the inputs have other values")
+    return shown or changes(found, expected, ("kernel",))
 
 
 class Store:
@@ -75,7 +105,7 @@ class Store:
         self._pending: list[tuple[tuple[int, int], Any]] = []
         try:
             self._files = ts.KvStore.open(url.rstrip("/") + "/").result()
-            self._check(description)
+            description = self._check(description)
             tiles = layout.side, layout.side
             self._array = ts.open(
                 {
@@ -107,6 +137,7 @@ class Store:
             self._check_space()
 
     def _check(self, description):
+        """The description in the store, which must be equal but for `settings`; ours without."""
         found = self._files.read("zarr.json").result()
         if found.state != "value":
             strange = [key for key in self._files.list().result() if b".__lock" not in key]
@@ -115,19 +146,16 @@ class Store:
                     f"store={self.location!r} holds files of something else (such as "
                     f"{strange[0].decode()!r}): name an empty directory."
                 )
-            return
+            return description
         found = json.loads(found.value).get("attributes", {}).get(_ATTRIBUTE, {})
         expected = json.loads(json.dumps(description))
-        different = [key for key in expected if found.get(key) != expected[key]]
+        different = _differences(found, expected)
         if different:
-            shown = "; ".join(
-                f"{key}: {_short(found.get(key))} there, {_short(expected[key])} here"
-                for key in different
-            )
             raise StoreError(
-                f"store={self.location!r} holds another kernel ({shown}): name another directory, "
-                "or delete this one."
+                f"store={self.location!r} holds another kernel ({'; '.join(different)}): name "
+                "another directory, or delete this one."
             )
+        return found
 
     def _check_space(self):
         done = len(self.finished_names())
