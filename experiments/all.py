@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -95,8 +96,8 @@ def run(settings: Settings, workdir: Workdir, name: str) -> str | None:
     command += [f"--config={settings.config}"] if settings.config else []
     command += [f"--{flag}={value}" for flag, value in settings.values(name).items()]
     status = subprocess.run(command, check=False).returncode
-    if status == launch.INTERRUPTED:
-        raise KeyboardInterrupt
+    if status > 128:  # a signal ended it, and ends this one in the same way
+        signal.raise_signal(status - 128)
     if status == 0:
         return None
     how = f"was killed by signal {-status}" if status < 0 else f"ended with exit code {status}"

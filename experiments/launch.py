@@ -1,4 +1,4 @@
-"""How a launcher starts and ends: flags out of a dataclass, errors of one line, Ctrl-C.
+"""How a launcher starts and ends: flags out of a dataclass, errors of one line, Ctrl-C, SIGTERM.
 
 @dataclass(frozen=True)
 class Settings(launch.Settings):
@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
+import psutil
 from absl import app, flags, logging
 
 from nt_deq import NoEquilibriumError, NotConvergedError
 from experiments.errors import InputError, TrainingError
 from experiments.workdir import Workdir
+from nt_deq_cli.files import end_when_interrupted
 
 flags.disclaim_key_flags()  # they are the launcher's, and its `--help` shows them
-
-INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 
 def flag(
@@ -84,7 +84,7 @@ def main(
     job: Callable[[AnySettings, Workdir], None],
     configs: Configs | None = None,
 ) -> None:
-    """Runs a launcher; ends the process with 0, 1 (an error), or 130 (interrupted).
+    """Runs a launcher; ends the process with 0, 1 (an error), or 128 + the signal that ended it.
 
     Args:
       settings_type: its flags.
@@ -112,22 +112,22 @@ def main(
             workdir = _open(flags.FLAGS.workdir)
         except InputError as error:
             return _fail(error)
+        end_when_interrupted(partial(_interrupt, workdir))
         try:
             job(settings, workdir)
-        except KeyboardInterrupt:
-            kept = ", ".join(workdir.kept) or "nothing yet"
-            print(
-                f"\nInterrupted. Kept in {workdir.path}: {kept}; the same command goes on there.",
-                file=sys.stderr,
-                flush=True,
-            )
-            # At once: JAX, interrupted while it compiles, can crash when Python takes it down.
-            os._exit(INTERRUPTED)
         except (InputError, TrainingError, NoEquilibriumError, NotConvergedError) as error:
             return _fail(error)
         return 0
 
     app.run(run, flags_parser=_parse)
+
+
+def _interrupt(workdir: Workdir) -> str:
+    """Ends the launchers that this one has started; says what is kept."""
+    for child in psutil.Process().children(recursive=True):
+        child.terminate()
+    kept = ", ".join(workdir.kept) or "nothing yet"
+    return f"Interrupted. Kept in {workdir.path}: {kept}; the same command goes on there."
 
 
 def _fail(error: Exception) -> int:

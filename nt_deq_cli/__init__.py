@@ -7,33 +7,30 @@ A package of its own, because importing any part of `nt_deq` imports JAX and neu
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nt_deq_cli import compare, info, kernel, phase, predict
 from nt_deq_cli.errors import InputError
+from nt_deq_cli.files import end_when_interrupted
 
-COMMANDS = {
-    "kernel": kernel,
-    "predict": predict,
-    "compare": compare,
-    "phase": phase,
-    "info": info,
-}
-NO_RESULT, BAD_INPUT, INTERRUPTED = 1, 2, 130
+COMMANDS = "kernel", "predict", "compare", "phase", "info"  # a module each
+NO_RESULT, BAD_INPUT = 1, 2
 
 _EPILOG = """\
 examples:
   nt-deq kernel X.npy --out K.npy                    the NTK of the inputs in X.npy, (n, d)
   nt-deq predict X.npy y.npy X_test.npy --out p.npy  regression, or classification of integers
+  nt-deq predict X.csv y.csv X_test.csv --out p.csv  the same of tables
   nt-deq compare                                     finite networks beside the infinite one
   nt-deq phase --activation tanh                     for which W_std there is an equilibrium
   nt-deq info                                        versions and devices, for a bug report
 
 exit codes: 0 done; 1 there is no result (no equilibrium, not converged, not enough memory);
-2 a flag or a file cannot be right; 130 interrupted. An error is one line on stderr.
+2 a flag or a file cannot be right; 130 interrupted by Ctrl-C, 143 by SIGTERM: files are as they
+were. An error is one line on stderr.
 
 `nt-deq COMMAND --help` tells about a command and its flags.
 """
@@ -60,7 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
     version = f"nt-deq {importlib.metadata.version('nt-deq')}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
+    for name in COMMANDS:
+        module = importlib.import_module(f"nt_deq_cli.{name}")
         description, _, examples = f"{module.__doc__}".partition("\nExamples:\n")
         summary = description.partition(".\n")[0]
         command = commands.add_parser(
@@ -75,25 +73,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _error(message: object) -> str:
+    return f"nt-deq: error: {' '.join(str(message).split())}"
+
+
 def _tell(message: object) -> None:
-    print(f"nt-deq: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print(_error(message), file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-      argv: words of the command line; `None` is that of the process.
+      argv: words of the command line; `None` is that of the process, which signals then end.
 
     Returns:
       The exit code. Words that cannot be parsed, `--help` and `--version` raise `SystemExit`.
     """
+    if argv is None:
+        end_when_interrupted(lambda: _error("interrupted; files are as they were."))
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
-    except KeyboardInterrupt:
-        _tell("interrupted; files are as they were.")
-        return INTERRUPTED
     except (InputError, OSError) as error:
         _tell(error)
         return BAD_INPUT

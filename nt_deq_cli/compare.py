@@ -6,7 +6,7 @@ by its NTK (neural_tangents.predict.gradient_descent_mse): the distance between 
 mean square over the outputs for the test inputs, and falls like 1/√width.
 
 Without files the data are 20 + 20 points on a circle, embedded, with y = sin 3α. With X.npy and
-y.npy the last fifth of the rows is for testing. Integers in y.npy are labels.
+y.npy (or tables, .csv) the last fifth of the rows is for testing. Integers in y.npy are labels.
 
 Examples:
   nt-deq compare
@@ -17,7 +17,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import sys
 
 import numpy as np
 
@@ -64,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of gradient descent (default %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the networks (default %(default)s)")
+    arrays.add_task_argument(parser)
     network.add_arguments(parser, W_std=0.6)  # narrow networks may have no equilibrium far above
 
 
@@ -77,10 +77,10 @@ def _data(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, int]:
     if args.y is None:
         raise InputError(f"{args.x} has no targets beside it: name y.npy too.")
     x = arrays.read_inputs(args.x)
-    y = arrays.read_targets(args.y, len(x))
+    y = arrays.read_targets(args.y, len(x), args.task)
     if len(x) < 5:
         raise InputError(f"{args.x} has {len(x)} rows; 5 or more are needed.")
-    if y.dtype.kind in "iu":
+    if y.dtype.kind != "f":
         classes, labels = np.unique(y, return_inverse=True)
         y = np.eye(len(classes))[labels] - 1 / len(classes)
     return x, y.reshape(len(x), -1), len(x) - len(x) // 5
@@ -92,11 +92,11 @@ def run(args: argparse.Namespace) -> None:
 
     import jax
     import jax.numpy as jnp
-    import neural_tangents as nt
     import optax
     from flax import nnx
-    from tqdm import tqdm
 
+    from nt_deq import nt
+    from nt_deq._progress import progress_bar
     from nt_deq.flax import DEQ, Dense, functional
 
     options = network.options(args)
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
 
         rows = []
         total = len(args.widths) * args.networks * args.steps
-        with tqdm(total=total, desc="training", unit="step", file=sys.stderr) as bar:
+        with progress_bar(total=total, desc="training", unit="step") as bar:
             for width in args.widths:
                 runs = list(train(width, bar))
                 losses = np.mean([[loss(f) for f in run] for run in runs], axis=0)

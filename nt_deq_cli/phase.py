@@ -5,7 +5,7 @@ network has a stable equilibrium and its kernels exist, and J is what an iterati
 contracts by. Beside it the bound of the theorem, 2 W_std Lip(φ): below 1 there is one equilibrium
 whatever the inputs, and it is far from necessary (Gao et al. 2023, arXiv:2310.10767).
 
-Without X.npy the input is one of unit variance a feature, x·x/d = 1.
+Without X.npy (or X.csv) the input is one of unit variance a feature, x·x/d = 1.
 
 Examples:
   nt-deq phase

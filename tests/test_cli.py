@@ -2,21 +2,29 @@
 
 import importlib
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
-import neural_tangents as nt
 import numpy as np
 import pytest
 from marks import slow_except
 
 import nt_deq
-from nt_deq import stax
+from nt_deq import nt, stax
 from nt_deq_cli import COMMANDS, kernel, main, make_parser
 
 ROOT = Path(__file__).parents[1]
+NT_DEQ = Path(sys.executable).with_name("nt-deq")
+
+
+def run(*words, **options):
+    """The command as a process of its own, in the working directory."""
+    options = {"capture_output": True, "text": True, "timeout": 300, **options}
+    return subprocess.run([NT_DEQ, *words], check=False, **options)
 
 
 @pytest.fixture
@@ -25,10 +33,12 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     x, x2 = rng.standard_normal((14, 3)), rng.standard_normal((7, 3))
-    y = np.sin(x[:, 0])
-    arrays = {"x": x, "x2": x2, "y": y, "labels": 3 * (y > 0).astype(np.int64) + 4}
+    y, y2 = np.sin(x[:, 0]), np.sin(x2[:, 0])
+    words, words2 = (np.where(y > 0, "high", "low") for y in (y, y2))
+    arrays = {"x": x, "x2": x2, "y": y, "y2": y2, "words": words, "words2": words2}
     for name, array in arrays.items():
         np.save(f"{name}.npy", array)
+        np.savetxt(f"{name}.csv", array, "%s", delimiter=",")
     np.save("bad.npy", np.where(np.arange(3) == 1, np.nan, x))
     np.save("huge.npy", 1e30 * x)
     np.save("flat.npy", y)
@@ -59,7 +69,25 @@ def test_kernel(files, monkeypatch, capsys, get, x64):
     printed = capsys.readouterr()
     assert f"state.npy: {get.upper()} of z*, 14 × 14, float64." in printed.out
     assert f"an error of at most {solution.error_bound.max():.1e}" in printed.out
-    assert "kernel: 100%" in printed.err
+
+
+# Nothing is imported before a command's own imports, as in pytest.
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("kernel x.npy --out k.npy", "k.npy: NTK of f, 14 × 14, float32.\n"),
+        ("predict x.csv words.csv x2.csv --out p.csv --probabilities q.csv", "leave-one-out: "),
+        ("compare --widths 8 --networks 1 --steps 2", "on 20 inputs, 20 for testing"),
+        ("phase --W-stds 1", "whatever the inputs, there is an equilibrium for W_std < 1.414"),
+        ("info", "devices          cpu:0"),
+    ],
+    ids=COMMANDS,
+)
+def test_every_command_is_a_process(files, words, wanted):
+    done = run(*words.split())
+    assert done.returncode == 0, done.stderr
+    assert wanted in done.stdout
+    assert "\r" not in done.stderr
 
 
 def test_float32_is_the_default_and_x64_does_not_stay(files):
@@ -82,11 +110,42 @@ def test_predict(files, x64):
     np.testing.assert_allclose(np.load("std.npy"), np.sqrt(wanted.variance), rtol=1e-7)
 
 
-@pytest.mark.slow
 def test_predict_labels(files, capsys):
-    assert main(["predict", "x.npy", "labels.npy", "x.npy", "--out", "found.npy"]) == 0
-    np.testing.assert_array_equal(np.load("found.npy"), files["labels"])
-    assert "labels of 2 for 14 inputs" in capsys.readouterr().out
+    flags = ["--diag-reg", "0.01", "--probabilities", "p.csv", "--y-test", "words2.csv"]
+    assert main(["predict", "x.csv", "words.csv", "x2.npy", "--out", "found.npy", *flags]) == 0
+    classes, probabilities = Path("p.csv").read_text().split("\n", 1)
+    assert classes == "high,low"
+    p = np.loadtxt(probabilities.splitlines(), delimiter=",")
+    np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-6)
+    found, true = np.load("found.npy"), files["words2"]
+    np.testing.assert_array_equal(found, np.array(["high", "low"])[p.argmax(axis=1)])
+    out = capsys.readouterr().out
+    assert "found.npy, p.csv: labels of 2 for 7 inputs, learned from 14" in out
+    loss = -np.log(np.where(true == "high", p[:, 0], p[:, 1])).mean()
+    right = (found == true).sum()
+    assert f"words2.csv: {right / 7:.2%} right, {right} of 7 (the most" in out
+    assert f"log loss {loss:.4f}." in out
+
+    x, sign = np.float32(files["x"]), np.where(files["y"] > 0, -0.5, 0.5)  # of "low"
+    ridge = 0.01 * np.diag(network(W_std=0.8)(x, None, "ntk")).mean()
+    left_out = nt_deq.gp.leave_one_out(network(W_std=0.8), x, sign, ridge, "ntk").mean
+    right = ((left_out > 0) == (sign > 0)).sum()
+    assert f"leave-one-out: {right / 14:.2%} right, {right} of 14" in out
+
+
+def test_predict_says_how_good_numbers_are(files, capsys):
+    words = ["predict", "x.npy", "y.npy", "x2.npy", "--out", "p.npy", "--y-test", "y2.npy"]
+    assert main([*words, "--store", "tiles"]) == 0
+    out = capsys.readouterr().out
+    error = np.sqrt(np.mean((np.load("p.npy") - files["y2"]) ** 2))
+    assert f", root mean square error {error:.4g} (of the mean: {files['y2'].std():.4g})." in out
+    assert "leave-one-out" not in out
+    assert main([*words, "--force", "--store", "tiles", "--W-std", "0.9"]) == 2
+    assert "another kernel (--W-std: 0.8 there, 0.9 here)" in capsys.readouterr().err
+    assert main([*words, "--force"]) == 0
+    out = capsys.readouterr().out
+    assert "leave-one-out: R² " in out
+    assert "y2.npy: R² " in out
 
 
 @pytest.mark.slow
@@ -107,12 +166,6 @@ def test_compare(files, capsys):
     ntk = network(W_std=0.6)(np.float32(files["x"][:12]), None, "ntk")
     rate = float(nt.predict.max_learning_rate(ntk, y_train_size=12)) / 8
     assert f"learning rate {rate:.4g}" in note
-
-
-@pytest.mark.slow
-def test_compare_has_data_of_its_own(capsys):
-    assert main(["compare", "--widths", "16", "--networks", "1", "--steps", "3"]) == 0
-    assert "on 20 inputs, 20 for testing" in capsys.readouterr().out
 
 
 def test_phase(files, capsys):
@@ -156,7 +209,28 @@ def test_info(capsys):
         (1, "kernel x.npy --out k.npy --W-std 1.5", "W_std=1.5 with activation='relu'"),
         (2, "predict x.npy y.npy x.npy --out p.npy --diag-reg -1", "diag_reg=-1.0 has to be"),
         (2, "predict x.npy x2.npy x.npy --out p.npy", "x2.npy has float64 of shape (7, 3): 14"),
-        (2, "predict x.npy y.npy x.npy --out p.npy --std p.npy", "--std=p.npy is --out too"),
+        (
+            2,
+            "predict x.npy y.npy x.npy --out p.npy --std p.npy",
+            "p.npy is the file of --out",
+        ),
+        (2, "predict x.npy y.npy x2.npy --out ./y.npy", "--out=./y.npy is the file of y too"),
+        (2, "predict x.npy y.npy x2.npy --out y2.npy --y-test y2.npy", "is the file of --y-test"),
+        (2, "predict x.npy y.npy x.npy --out flat.npy", "--out=flat.npy is there already: --force"),
+        (2, "predict x.npy y.npy x.npy --out p.npy --probabilities q.npy", "q.npy is for labels"),
+        (2, "predict x.npy y.npy x.npy --out p.npy --y-test y2.npy", "14 inputs need targets"),
+        (2, "predict x.npy words.npy x2.npy --out p.npy --y-test y2.npy", "needs labels: whole"),
+        (2, "predict x.npy y.npy x2.npy --out p.npy --y-test words2.npy", "regress needs numbers"),
+        (
+            2,
+            "predict x.npy y.npy x.npy --out p.npy --task classify",
+            "=classify needs labels",
+        ),
+        (2, "kernel x.npy --out x.npy --force", "--out=x.npy is the file of X.npy too"),
+        (2, "kernel x.npy --x2 x2.npy --out x2.npy", "--out=x2.npy is the file of --x2 too"),
+        (2, "kernel x.npy --out y.npy", "--out=y.npy is there already: --force overwrites it"),
+        (2, "kernel x.npy --out k.csv", "--out=k.csv: a kernel is written as .npy"),
+        (2, "kernel words.csv --out k.npy", "words.csv, line 2, column 1 ('high'): 'high' is not"),
         (1, "predict x.npy y.npy x2.npy --out p.npy --W-std 1.5", "W_std=1.5 with activation"),
         (2, "compare x.npy", "x.npy has no targets beside it"),
         (1, "compare --W-std 1.45 --widths 4 --steps 1", "W_std=1.45 with activation"),
@@ -164,14 +238,15 @@ def test_info(capsys):
     ],
 )
 def test_mistakes_are_one_line(files, capsys, code, words, message):
+    before = sorted(path.name for path in Path().iterdir())
     assert main(words.split()) == code
     out, err = capsys.readouterr()
-    (line,) = [line for line in err.split("\n") if line and "\rkernel:" not in line]  # the bar
+    (line,) = err.splitlines()
     assert line.startswith("nt-deq: error: ")
     assert message in line
     assert out == ""
-    assert not {path.name for path in Path().iterdir()} & {"k.npy", "p.npy"}
-    assert not list(Path().glob(".*"))  # nothing half written
+    assert sorted(path.name for path in Path().iterdir()) == before  # nothing half written
+    np.testing.assert_array_equal(np.load("x.npy"), files["x"])
 
 
 @pytest.mark.parametrize(
@@ -197,15 +272,30 @@ def test_bad_flags_are_one_line(capsys, words, message):
     assert err.count("\n") == 1
 
 
-def test_interruption(files, monkeypatch, capsys):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(nt_deq, "deq_kernel", interrupt)
+def test_signals_end_it_with_files_as_they_were(files):
+    np.save("many.npy", np.random.default_rng(0).standard_normal((9000, 3)))
     Path("k.npy").write_text("before")
-    assert main(["kernel", "x.npy", "--out", "k.npy"]) == 130
-    assert capsys.readouterr().err.endswith("nt-deq: error: interrupted; files are as they were.\n")
-    assert Path("k.npy").read_text() == "before"
+    words = ["kernel", "many.npy", "--out", "k.npy", "--force", "--activation", "gelu"]
+    left = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen([NT_DEQ, *words], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not list(Path().glob(".nt-deq-k.npy.*.part")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.3)  # it computes
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+        left[number] = process.returncode, len(list(Path().glob(".*"))), err
+        assert Path("k.npy").read_text() == "before"
+    message = "nt-deq: error: interrupted; files are as they were.\n"
+    assert left == {
+        signal.SIGINT: (130, 0, message),
+        signal.SIGTERM: (143, 0, message),
+        signal.SIGKILL: (-signal.SIGKILL, 1, ""),
+    }
+    assert main(["kernel", "x.npy", "--out", "other.npy"]) == 0
     assert not list(Path().glob(".*"))
 
 

@@ -170,3 +170,23 @@ def test_it_runs_launchers_and_keeps_them(tmp_path):
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0
     assert "[1/1] phase: kept from an earlier run" in again.stderr
+
+
+def test_sigterm_ends_the_launchers_that_it_has_started(tmp_path):
+    program = """
+import subprocess, sys
+from experiments import launch
+def job(settings, workdir):
+    child = "import time; print('started', flush=True); time.sleep(600)"
+    subprocess.run([sys.executable, "-c", child], check=False)
+launch.main(launch.Settings, job)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, f"--workdir={tmp_path}"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "started\n"
+    process.terminate()
+    _, err = process.communicate(timeout=60)  # until the child has let go of its output, too
+    assert process.returncode == 143
+    assert err == f"Interrupted. Kept in {tmp_path}: nothing yet; the same command goes on there.\n"

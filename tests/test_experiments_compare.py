@@ -282,7 +282,8 @@ def test_bad_flags_end_it_with_one_line(flags, message):
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_is_finished(tmp_path, run):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_keep_what_is_finished(tmp_path, run, number):
     process = launch(f"--workdir={tmp_path}", *FLAGS, "--steps=1000000")
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("parts/infinite.*.npz")):
@@ -290,9 +291,9 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, run):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert f"Interrupted. Kept in {tmp_path}: infinite; the same command" in err
     assert "Traceback" not in err
     assert not list(tmp_path.glob("parts/.*"))
