@@ -64,7 +64,10 @@ def read_cells(path: str, n: int) -> np.ndarray:
     if len(rows) == n + 1 and names is not None and rows[0] not in rows[1:]:
         del rows[0]
     if len(rows) != n:
-        raise InputError(f"{path} has {len(rows)} lines, and there are {n} inputs.")
+        raise InputError(
+            f"{path} has {len(rows)} lines, and there are {n} inputs; a header above them has no "
+            "number, and no label."
+        )
     if len({len(row) for row in rows}) > 1:
         raise InputError(_find_mistake(path) or f"{path} has lines of different lengths.")
     return np.array(rows)
@@ -87,6 +90,8 @@ def _open(path: str) -> Iterator[TextIO]:
         raise InputError(f"{path}: there is no such file.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} cannot be read: it is not text in UTF-8 ({error}).") from error
+    except csv.Error as error:
+        raise InputError(f"{path} cannot be read as a table: {error}.") from error
 
 
 def _begin(path: str, stream: TextIO) -> tuple[str, list[str] | None]:

@@ -78,7 +78,7 @@ def end_when_interrupted(message: Callable[[], str]) -> None:
         for file in _unfinished:
             file.unlink(missing_ok=True)
         start = "\n" if sys.stderr.isatty() else ""  # below a progress bar
-        os.write(sys.stderr.fileno(), f"{start}{message()}\n".encode())
+        os.write(2, f"{start}{message()}\n".encode())
         os._exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -68,6 +68,8 @@ def test_a_table_that_is_not_text(table):
     Path("x.csv").write_bytes(b"1,2\n\xff\xfe,3\n")
     with pytest.raises(InputError, match="it is not text in UTF-8"):
         arrays.read_inputs("x.csv")
+    with pytest.raises(InputError, match=r"x.csv cannot be read as a table: field larger than"):
+        arrays.read_inputs(table("a" * 200_000))
 
 
 def test_columns_of_two_tables_have_to_agree(table):
