@@ -1,13 +1,15 @@
 """What a training run leaves on disk, so that a killed one goes on as if nothing had happened.
 
 A checkpoint holds the state of training and how long `metrics.jsonl` was; lines after that are
-written again, and identically, by the run that goes on.
+written again, and identically, by the run that goes on. `run.json` says what the run depends on,
+and how many epochs it was to have, from which step on.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import orbax.checkpoint as ocp
@@ -15,7 +17,7 @@ import orbax.checkpoint as ocp
 from experiments.errors import InputError
 from experiments.workdir import Workdir
 
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 
 Tree = TypeVar("Tree")
 
@@ -35,23 +37,19 @@ class Run:
         self._workdir = workdir
         self._metrics = workdir.path / METRICS
         self._claim(json.loads(json.dumps(identity)))
-        self._checkpoints = ocp.CheckpointManager(
-            (workdir.path / CHECKPOINTS).resolve(),
-            # Not in the background: the next step overwrites the buffers that are being written.
-            options=ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False),
-        )
+        self._checkpoints = _manager(workdir.path)
 
     def _claim(self, identity: dict[str, dict[str, Any]]) -> None:
         path = self._workdir.path
-        file = path / "run.json"
+        file = path / RUN
         if not file.exists():
             if any((path / name).exists() for name in (METRICS, CHECKPOINTS)):
                 raise InputError(
-                    f"--workdir={path} has {METRICS} or {CHECKPOINTS} of a run, and no run.json "
+                    f"--workdir={path} has {METRICS} or {CHECKPOINTS} of a run, and no {RUN} "
                     "that says which: name another directory."
                 )
-            self._workdir.write_json(file.name, identity)
-        held = json.loads(file.read_text(encoding="utf-8"))
+            self._workdir.write_json(RUN, {**identity, "epochs": []})
+        held = read_run(path)
         for group, values in identity.items():
             for name, value in values.items():
                 before = held[group].get(name)
@@ -77,17 +75,23 @@ class Run:
         if step is None:
             self._truncate(0)
             return state, 0.0
-        restored = self._checkpoints.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(state),  # pyright: ignore[reportCallIssue]
-                progress=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
-            ),
-        )
-        progress = restored["progress"]
+        state, progress = _restore(self._checkpoints, step, state)
         self._truncate(progress["metrics_bytes"])
         self._keep(step)
-        return restored["state"], progress["seconds"]
+        return state, progress["seconds"]
+
+    def plan(self, step: int, epochs: int) -> int:
+        """Writes down that the run has so many epochs, from `step` on.
+
+        Returns:
+          How many it was to have before.
+        """
+        held = read_run(self._workdir.path)
+        before = held.get("epochs", [])
+        if not before or before[-1]["epochs"] != epochs:
+            planned = [*before, {"from_step": step, "epochs": epochs}]
+            self._workdir.write_json(RUN, {**held, "epochs": planned})
+        return before[-1]["epochs"] if before else epochs
 
     def _truncate(self, size: int) -> None:
         with open(self._metrics, "ab") as file:
@@ -123,3 +127,46 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """Returns the lines so far."""
         return [json.loads(line) for line in self._metrics.read_text("utf-8").splitlines()]
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """What the run in the directory `path` depends on."""
+    return json.loads((path / RUN).read_text(encoding="utf-8"))
+
+
+def last_state(path: Path, state: Tree) -> Tree:
+    """Returns the state of the last checkpoint in the directory `path`, and changes nothing there.
+
+    Args:
+      path: the working directory of a run.
+      state: of the run at its beginning.
+
+    Raises:
+      InputError: there is no checkpoint.
+    """
+    manager = _manager(path, read_only=True)
+    step = manager.latest_step()
+    if step is None:
+        raise InputError(f"{path} has no checkpoint of experiments.train yet.")
+    return _restore(manager, step, state)[0]
+
+
+def _manager(path: Path, read_only: bool = False) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else 1,
+        read_only=read_only,
+        # Not in the background: the next step overwrites the buffers that are being written.
+        enable_async_checkpointing=False,
+    )
+    return ocp.CheckpointManager((path / CHECKPOINTS).resolve(), options=options)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, state: Tree) -> tuple[Tree, dict[str, Any]]:
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(state),  # pyright: ignore[reportCallIssue]
+            progress=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
+        ),
+    )
+    return restored["state"], restored["progress"]

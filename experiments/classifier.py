@@ -11,9 +11,11 @@ import optax
 from flax import nnx
 from jax import Array, lax
 
-from experiments.network import Network
+from nt_deq import spectral_radius
+from experiments.network import EquilibriumNetwork
 
 EVALUATION_BATCH = 1000
+JACOBIAN_INPUTS, JACOBIAN_STEPS = 100, 40  # of the estimate of a spectral radius
 
 
 class State(NamedTuple):
@@ -22,11 +24,10 @@ class State(NamedTuple):
     Attributes:
       params: of the network.
       optimizer: the state of the optimiser.
-      step: how many steps were taken.
+      step: how many steps were taken; does not grow any more after one that was not finite.
       loss: sum of the minibatches' losses since the last line of metrics.
       correct: inputs of these minibatches that were classified correctly.
-      finite: whether the last step's loss and gradient were; no step is taken after one that was
-        not.
+      finite: whether the loss and the gradient of every step were.
     """
 
     params: Any
@@ -38,11 +39,22 @@ class State(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Mean loss, fraction classified correctly, layers until all inputs are at equilibrium."""
+    """How a network does on many inputs.
+
+    Attributes:
+      loss: mean.
+      accuracy: fraction classified correctly.
+      equilibrium_steps: layers until all inputs are at equilibrium.
+      residual: the largest `|f(z) - z| / |z|` of an input.
+      spectral_radius: the largest estimate of it at the equilibrium of one of the first
+        `JACOBIAN_INPUTS` inputs.
+    """
 
     loss: float
     accuracy: float
     equilibrium_steps: int
+    residual: float
+    spectral_radius: float
 
 
 def make_schedule(kind: str, learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
@@ -101,14 +113,27 @@ class Classifier:
       network: the network as it is before training; it is not changed.
       optimizer: gives the updates.
       loss: the name of one of `LOSSES`.
+      shift: each training image is moved at random, by at most so many pixels along each axis; its
+        border is repeated.
+      seed: of these moves.
     """
 
-    def __init__(self, network: Network, optimizer: optax.GradientTransformation, loss: str):
+    def __init__(
+        self,
+        network: EquilibriumNetwork,
+        optimizer: optax.GradientTransformation,
+        loss: str,
+        shift: int = 0,
+        seed: int = 0,
+    ):
         self._graph, self._params = nnx.split(network, nnx.Param)
         self._optimizer = optimizer
         self._loss = LOSSES[loss]
-        self.take_steps = jax.jit(self._take_steps, donate_argnums=0)
+        self._shift, self._seed = shift, seed
+        # One step, not many in a loop: there gradients of convolutions are slow on a CPU.
+        self._take_step = jax.jit(self._step, donate_argnums=0)
         self._evaluate = jax.jit(self._measure)
+        self._radius = jax.jit(self._spectral_radius)
 
     def init(self) -> State:
         """The state before the first step."""
@@ -122,58 +147,106 @@ class Classifier:
             finite=jnp.ones((), bool),
         )
 
+    def network(self, params: Any) -> EquilibriumNetwork:
+        """The network with parameters `params`."""
+        return nnx.merge(self._graph, params)
+
     def start_line(self, state: State) -> State:
         """Returns the state with a line of metrics behind it."""
         return state._replace(loss=jnp.zeros(()), correct=jnp.zeros((), jnp.int32))
 
-    def _take_steps(
-        self, state: State, x: Array, labels: Array, batches: Array, stop: Array
+    def take_steps(
+        self, state: State, x: Array, labels: Array, batches: Array, steps: int
     ) -> State:
-        """Takes steps until `stop` of them are taken, or one gives what is not a number.
+        """Takes steps.
 
         Args:
           state: where to start; its buffers are given away.
-          x: all training inputs, `(n, d)`.
+          x: all training inputs, `(n, ...)`.
           labels: of all training inputs, `(n,)`.
           batches: rows of the minibatches of an epoch, `(steps_per_epoch, batch)`.
-          stop: the number of steps taken in the end.
+          steps: how many.
         """
+        for _ in range(steps):
+            state = self._take_step(state, x, labels, batches)
+        return state
 
-        def loss_fn(params, x, labels):
-            f, _ = nnx.merge(self._graph, params)(x)
-            return self._loss(f, labels).mean(), jnp.sum(jnp.argmax(f, axis=1) == labels)
+    def _step(self, state: State, x: Array, labels: Array, batches: Array) -> State:
+        rows = batches[state.step % len(batches)]
+        images = x[rows]
+        if self._shift:
+            key = jax.random.fold_in(jax.random.key(self._seed), state.step)
+            images = shifted(images, self._shift, key)
 
-        def step(state):
-            rows = batches[state.step % len(batches)]
-            (loss, correct), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, x[rows], labels[rows]
-            )
-            updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.params)
-            return State(
-                params=optax.apply_updates(state.params, updates),
-                optimizer=optimizer,
-                step=state.step + 1,
-                loss=state.loss + loss,
-                correct=state.correct + correct,
-                finite=_all_finite((loss, gradient)),
-            )
+        def loss_fn(params):
+            f, _ = self.network(params)(images)
+            correct = jnp.sum(jnp.argmax(f, axis=1) == labels[rows])
+            return self._loss(f, labels[rows]).mean(), correct
 
-        return lax.while_loop(lambda state: (state.step < stop) & state.finite, step, state)
+        (loss, correct), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, optimizer = self._optimizer.update(gradient, state.optimizer, state.params)
+        return State(
+            params=optax.apply_updates(state.params, updates),
+            optimizer=optimizer,
+            step=state.step + state.finite,
+            loss=state.loss + loss,
+            correct=state.correct + correct,
+            finite=state.finite & _all_finite((loss, gradient)),
+        )
 
     def evaluate(self, params: Any, x: Array, labels: Array) -> Evaluation:
-        """Measures the network with parameters `params` on inputs, `(n, d)`, with their labels."""
+        """Measures the network with parameters `params` on inputs, `(n, ...)`, with their labels.
+
+        The loss is NaN where an input has no equilibrium.
+        """
         parts = [
             self._evaluate(params, x[i : i + EVALUATION_BATCH], labels[i : i + EVALUATION_BATCH])
             for i in range(0, len(x), EVALUATION_BATCH)
         ]
-        loss, correct, steps = np.array(parts, float).T
-        return Evaluation(loss.sum() / len(x), correct.sum() / len(x), int(steps.max()))
+        loss, correct, steps, residual = np.array(parts, float).T
+        radius = self._radius(params, x[:JACOBIAN_INPUTS])
+        return Evaluation(
+            loss.sum() / len(x),
+            correct.sum() / len(x),
+            int(steps.max()),
+            residual.max(),
+            float(radius),
+        )
 
-    def _measure(self, params: Any, x: Array, labels: Array) -> tuple[Array, Array, Array]:
-        network = nnx.merge(self._graph, params)
-        f, _ = network(x)
+    def _measure(self, params: Any, x: Array, labels: Array) -> tuple[Array, ...]:
+        network = self.network(params)
+        solution = network.deq.solve(network.features(x))
+        f = network.read(solution.value)
+        loss = jnp.where(solution.converged, self._loss(f, labels), jnp.nan)
+        size = jax.vmap(jnp.linalg.norm)(solution.value)
+        residual = solution.residual / jnp.where(size > 0, size, 1)
         correct = jnp.sum(jnp.argmax(f, axis=1) == labels)
-        return self._loss(f, labels).sum(), correct, network.equilibrium_steps(x)
+        return loss.sum(), correct, solution.steps, residual.max()
+
+    def _spectral_radius(self, params: Any, x: Array) -> Array:
+        network = self.network(params)
+        features = network.features(x)
+        z = network.deq.equilibrium(features)
+        radii = spectral_radius(
+            lambda z: network.deq.step(z, features),
+            z,
+            key=jax.random.key(0),
+            steps=JACOBIAN_STEPS,
+        )
+        return radii.max()
+
+
+def shifted(images: Array, pixels: int, key: Array) -> Array:
+    """Moves each image of `(n, height, width, ...)` at random, at most `pixels` along an axis."""
+    around = [(0, 0), (pixels, pixels), (pixels, pixels)] + [(0, 0)] * (images.ndim - 3)
+    padded = jnp.pad(images, around, mode="edge")
+    starts = jax.random.randint(key, (len(images), 2), 0, 2 * pixels + 1)
+
+    def cut(image, start):
+        at = (*start, *[0] * (image.ndim - 2))
+        return lax.dynamic_slice(image, at, images.shape[1:])
+
+    return jax.vmap(cut)(padded, starts)
 
 
 def _all_finite(tree: Any) -> Array:

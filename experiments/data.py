@@ -52,6 +52,7 @@ class Dataset:
       y_train, y_test: indices into `classes`, `(n,)`.
       classes: the labels, sorted.
       images_test: the test inputs as they were, `(n, ...)`, for pictures.
+      mean: what was subtracted from every input, `(d,)`.
     """
 
     x_train: np.ndarray
@@ -60,6 +61,7 @@ class Dataset:
     y_test: np.ndarray
     classes: tuple[int, ...]
     images_test: np.ndarray
+    mean: np.ndarray
 
     @property
     def targets_train(self) -> np.ndarray:
@@ -118,17 +120,18 @@ def load(
     flat_train, flat_test = (x.reshape(len(x), -1).astype(dtype) for x in (x_train, x_test))
     mean = flat_train.mean(axis=0) if centre else np.zeros(flat_train.shape[1], dtype)
     return Dataset(
-        x_train=_standardise(flat_train, mean),
+        x_train=standardise(flat_train, mean),
         y_train=labels[:n_train],
-        x_test=_standardise(flat_test, mean),
+        x_test=standardise(flat_test, mean),
         y_test=labels[n_train:],
         classes=tuple(map(int, classes)),
         images_test=x_test,
+        mean=mean,
     )
 
 
-def _standardise(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Standardises `x` in place: MNIST is large."""
+def standardise(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Standardises inputs `x`, `(n, d)`, in place (MNIST is large), and returns them."""
     x -= mean
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     x *= x.shape[1] ** 0.5

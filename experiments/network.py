@@ -34,9 +34,47 @@ class Architecture:
         deq = stax.DEQ(1, self.W_std, self.U_std, self.b_std or None, self.activation)
         return stax.serial(deq, stax.Dense(outputs))[2]
 
+    def deq(self, in_features: int, width: int, **options: Any) -> nt_deq.flax.DEQ:
+        """Its layer of infinite depth, finitely wide; `options` are those of `nt_deq.flax.DEQ`."""
+        return nt_deq.flax.DEQ(
+            in_features,
+            width,
+            W_std=self.W_std,
+            U_std=self.U_std,
+            b_std=self.b_std or None,
+            activation=self.activation,
+            **{k: v for k, v in options.items() if k != "lipschitz"},
+        )
 
-class Network(nnx.Module):
-    """The finite network, `width` wide; `solver` finds its equilibrium, as in `nt_deq.flax.DEQ`."""
+
+class EquilibriumNetwork(nnx.Module):
+    """A network with one DEQ layer, `deq`, between `features` and `read`."""
+
+    deq: nt_deq.flax.DEQ
+
+    def features(self, x: Array) -> Array:
+        """What the DEQ layer is given of inputs `x`, `(n, ...)`."""
+        return x
+
+    def read(self, z: Array) -> Array:
+        """The outputs, `(n, C)`, of equilibria `z*`."""
+        raise NotImplementedError
+
+    def __call__(self, x: Array, z0: Array | None = None) -> tuple[Array, Array]:
+        """Returns the outputs for `x`, `(n, C)`, and `z*`, found from `z0`, like `z*`."""
+        z = self.deq.equilibrium(self.features(x), z0)
+        return self.read(z), z
+
+    def equilibrium_steps(self, x: Array) -> Array:
+        """Returns how many layers the solve of `z*` for `x` applies, from zeros."""
+        return self.deq.solve(self.features(x)).steps
+
+
+class Network(EquilibriumNetwork):
+    """The finite network, `width` wide.
+
+    `solver` finds its equilibrium and `lipschitz` bounds its layer, as in `nt_deq.flax.DEQ`.
+    """
 
     def __init__(
         self,
@@ -46,28 +84,17 @@ class Network(nnx.Module):
         outputs: int,
         rngs: nnx.Rngs,
         solver: FixedPointSolver | None = None,
+        lipschitz: float | None = None,
     ):
         self.architecture = architecture
-        self.deq = nt_deq.flax.DEQ(
-            in_features,
-            width,
-            W_std=architecture.W_std,
-            U_std=architecture.U_std,
-            b_std=architecture.b_std or None,
-            activation=architecture.activation,
-            solver=solver,
-            rngs=rngs,
+        self.deq = architecture.deq(
+            in_features, width, solver=solver, lipschitz=lipschitz, rngs=rngs
         )
         self.readout = nt_deq.flax.Dense(width, outputs, rngs=rngs)
 
-    def __call__(self, x: Array, z0: Array | None = None) -> tuple[Array, Array]:
-        """Returns the outputs for `x`, `(n, C)`, and `z*`, found from `z0`, `(n, width)`."""
-        z = self.deq.equilibrium(x, z0)
-        return self.readout(self.deq.activation.fn(z)), z
-
-    def equilibrium_steps(self, x: Array) -> Array:
-        """Returns how many layers the solve of `z*` for `x` applies, from zeros."""
-        return self.deq.solve(x).steps
+    def read(self, z: Array) -> Array:
+        """The outputs, `(n, C)`, of equilibria `z*`, `(n, width)`."""
+        return self.readout(self.deq.activation.fn(z))
 
 
 def empirical_ntk(network: Network, x: Array) -> Array:

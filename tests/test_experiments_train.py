@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,8 @@ from flax import nnx
 from jax import lax
 from marks import slow_except
 
-from experiments import classifier, train
-from experiments.classifier import Classifier, make_optimizer, make_schedule
+from experiments import classifier, train, trained
+from experiments.classifier import Classifier, make_optimizer, make_schedule, shifted
 from experiments.data import load
 from experiments.errors import InputError, TrainingError
 from experiments.network import Architecture, Network
@@ -35,6 +36,10 @@ MNIST = os.environ.get("NT_DEQ_MNIST")
 TINY = Settings(
     n_train=50, n_test=20, width=12, batch_size=16, epochs=2, learning_rate=0.05, log_every=4
 )
+CONV = Settings(
+    network="conv", n_train=50, n_test=20, width=8, batch_size=16, epochs=2, shift=1, W_std=0.8,
+    log_every=4,
+)  # fmt: skip
 RELU = Architecture(W_std=0.6, U_std=1.0, b_std=0.1, activation="relu")
 
 
@@ -66,7 +71,7 @@ def assert_identical(a, b):
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_classifier", functools.cache(train._classifier))
+        patch.setattr(train, "make_classifier", functools.cache(train.make_classifier))
         yield
 
 
@@ -74,6 +79,13 @@ def _compiled_once():
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("train")
     train.train(TINY, Workdir(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def conv_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("conv")
+    train.train(CONV, Workdir(path))
     return path
 
 
@@ -142,7 +154,8 @@ def test_evaluation_in_parts(monkeypatch):
     monkeypatch.setattr(classifier, "EVALUATION_BATCH", 7)
     parts = one.evaluate(params, *data_of(data))
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
-    assert parts[1:] == whole[1:]
+    assert parts[1:3] == whole[1:3]
+    assert parts[3:] == pytest.approx(whole[3:], rel=1e-3)
 
 
 def test_adam_with_weight_decay_is_that_of_optax():
@@ -272,8 +285,13 @@ class StoppedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("where", ["in a line", "before a checkpoint"])
-def test_a_run_stopped_anywhere_ends_as_one_that_was_not(where, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "network"), [("in a line", "dense"), ("before a checkpoint", "conv")]
+)
+def test_a_run_stopped_anywhere_ends_as_one_that_was_not(
+    where, network, run, conv_run, tmp_path, monkeypatch
+):
+    settings, whole = {"dense": (TINY, run), "conv": (CONV, conv_run)}[network]
     workdir = Workdir(tmp_path)
 
     def stop(run, *args):
@@ -292,11 +310,87 @@ def test_a_run_stopped_anywhere_ends_as_one_that_was_not(where, run, tmp_path, m
 
     monkeypatch.setattr(train.Run, method, second_time)
     with pytest.raises(StoppedError):
-        train.train(TINY, workdir)
+        train.train(settings, workdir)
     assert workdir.kept == ["the checkpoint of step 3"]
     monkeypatch.undo()
-    train.train(TINY, Workdir(tmp_path))
-    assert_identical(run, tmp_path)
+    train.train(settings, Workdir(tmp_path))
+    assert_identical(whole, tmp_path)
+
+
+def test_more_epochs_extend_a_run(run, tmp_path, capsys):
+    longer = dataclasses.replace(TINY, epochs=3)
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    metrics = train.train(longer, Workdir(tmp_path))
+    assert re.search(
+        r"Goes on after 6 steps of a run that was to have 2 epochs; the cosine step size is "
+        r"from here on that of 3\.\n",
+        capsys.readouterr().err,
+    )
+    assert metrics[:2] == lines(run)
+    assert [line["step"] for line in metrics] == [4, 6, 8, 9]
+    of_two, of_three = (make_schedule("cosine", 0.05, 0, steps) for steps in (6, 9))
+    expected = [of_two(3), of_two(5), of_three(7), of_three(8)]
+    assert [line["learning_rate"] for line in metrics] == pytest.approx(list(map(float, expected)))
+    for line, images in zip(metrics[2:], (2 * 16, 16), strict=True):  # since the line before
+        seen = line["train_accuracy"] * images
+        assert seen == pytest.approx(round(seen))
+    assert json.loads((tmp_path / "run.json").read_text())["epochs"] == [
+        {"from_step": 0, "epochs": 2},
+        {"from_step": 6, "epochs": 3},
+    ]
+    again = (tmp_path / "metrics.jsonl").read_bytes()
+    train.train(longer, Workdir(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == again
+    with pytest.raises(InputError, match=r"^--epochs=2 is too small: the run has taken 9 steps"):
+        train.train(TINY, Workdir(tmp_path))
+
+
+@pytest.mark.parametrize("network", ["dense", "conv"])
+def test_a_checkpoint_predicts(network, run, conv_run):
+    settings, path = {"dense": (TINY, run), "conv": (CONV, conv_run)}[network]
+    data = load("digits", None, settings.n_train, settings.n_test, settings.seed)
+    before = {f: f.stat().st_mtime_ns for f in path.rglob("*")}
+    network = trained.load(path)
+    predicted = network.predict(data.images_test)
+    assert (predicted == data.y_test).mean() == lines(path)[-1]["test_accuracy"]
+    assert network(data.images_test[:3]).shape == (3, 10)
+    assert {f: f.stat().st_mtime_ns for f in path.rglob("*")} == before
+    with pytest.raises(InputError, match=r"shape \(3, 7, 8\); .* trained on \(n, 8, 8\)"):
+        network.predict(data.images_test[:3, 1:])
+
+
+def test_nothing_to_predict_with(tmp_path):
+    with pytest.raises(InputError, match=r"is no --workdir of experiments\.train"):
+        trained.load(tmp_path)
+
+
+def test_the_metrics_of_a_convolutional_network(conv_run):
+    for line in lines(conv_run):
+        assert line["spectral_radius"] < 0.9
+        assert 0 < line["residual"] < 2 * CONV.rtol
+        assert 3 < line["equilibrium_steps"] < 60
+
+
+def test_images_are_moved_by_whole_pixels():
+    images = jax.random.normal(jax.random.key(0), (40, 5, 6, 2))
+    moved = shifted(images, 1, jax.random.key(1))
+    around = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
+    crops = np.stack([around[:, i : i + 5, j : j + 6] for i in range(3) for j in range(3)])
+    found = (crops == np.asarray(moved)).all(axis=(2, 3, 4))
+    assert (found.sum(axis=0) == 1).all()
+    assert found.any(axis=1).sum() > 5  # of the nine
+
+
+def test_a_convolutional_network_is_for_images(tmp_path):
+    rows = np.arange(24.0).reshape(8, 3)
+    np.savez(
+        tmp_path / "rows.npz", x_train=rows, y_train=[0, 1] * 4, x_test=rows, y_test=[0, 1] * 4
+    )
+    settings = Settings(
+        data=str(tmp_path / "rows.npz"), n_train=8, n_test=8, batch_size=4, network="conv"
+    )
+    with pytest.raises(InputError, match=r"^--network=conv is for images, .* has shape \(3,\)"):
+        train.train(settings, Workdir(tmp_path / "run"))
 
 
 def test_a_finished_run_is_not_trained_again(run, monkeypatch):
@@ -336,7 +430,8 @@ def test_metrics_that_were_cut(tmp_path):
 
 def test_divergence_names_the_step_and_what_to_change(tmp_path):
     with pytest.raises(
-        TrainingError, match=r"^step [2-9] of 6: .* take --learning_rate below 500, more --warmup"
+        TrainingError,
+        match=r"^step [2-9] of 6: .* take --lipschitz=0.9, --learning_rate below 500, more",
     ):
         train.train(dataclasses.replace(TINY, learning_rate=500.0), Workdir(tmp_path / "a"))
     chaotic = dataclasses.replace(TINY, W_std=4.0, activation="sin")
@@ -363,6 +458,12 @@ def test_divergence_names_the_step_and_what_to_change(tmp_path):
         ({"activation": "swish"}, "--activation=swish is unknown: use one of relu"),
         ({"log_every": 0}, "--log_every=0 is too small"),
         ({"checkpoint_every": 0}, "--checkpoint_every=0 is too small"),
+        ({"network": "rnn"}, "--network=rnn is unknown: use one of dense, conv"),
+        ({"lipschitz": 1.0}, "--lipschitz=1.0 is too large: it has to be below 1, or 0 for none"),
+        ({"lipschitz": -0.1}, "--lipschitz=-0.1 is too small: it has to be at least 0"),
+        ({"shift": 1}, "--shift=1 is for --network=conv alone"),
+        ({"shift": -1, "network": "conv"}, "--shift=-1 is too small"),
+        ({"kernel_size": 0}, "--kernel_size=0 is too small"),
         ({"data_dir": "x"}, "--data_dir=x is for --data=mnist alone"),
     ],
 )
@@ -379,3 +480,9 @@ def test_it_learns_mnist(tmp_path):
         learning_rate=0.03,
     )  # fmt: skip
     assert train.train(settings, Workdir(tmp_path))[-1]["test_accuracy"] > 0.94
+
+
+@pytest.mark.slow
+def test_a_convolutional_network_learns_the_digits(tmp_path):
+    settings = Settings(network="conv", epochs=12, warmup_steps=20, shift=1)
+    assert train.train(settings, Workdir(tmp_path))[-1]["test_accuracy"] > 0.97
