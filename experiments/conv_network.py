@@ -43,11 +43,11 @@ class ConvNetwork(EquilibriumNetwork):
         lipschitz: float | None = None,
     ):
         *sides, features = shape
-        stem, halvings = [], max(0, math.ceil(math.log2(max(sides) / PIXELS)))
-        stride = 2 if halvings else 1
+        halvings = max(0, math.ceil(math.log2(max(sides) / PIXELS)))
+        stride, stem = 2 if halvings else 1, []
         for left in reversed(range(max(halvings, 1))):
             wide = max(1, channels >> left)
-            filters = (2 * stride + 1,) * 2
+            filters = (3, 3) if stem else (5, 5)
             stem += [nnx.Conv(features, wide, filters, strides=stride, rngs=rngs), jax.nn.relu]
             features = wide
             sides = [-(-side // stride) for side in sides]

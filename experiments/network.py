@@ -43,7 +43,7 @@ class Architecture:
             U_std=self.U_std,
             b_std=self.b_std or None,
             activation=self.activation,
-            **{k: v for k, v in options.items() if k != "lipschitz"},
+            **options,
         )
 
 
