@@ -88,7 +88,12 @@ class Network(EquilibriumNetwork):
     ):
         self.architecture = architecture
         self.deq = architecture.deq(
-            in_features, width, solver=solver, lipschitz=lipschitz, rngs=rngs
+            in_features,
+            width,
+            parameterization="ntk",
+            solver=solver,
+            lipschitz=lipschitz,
+            rngs=rngs,
         )
         self.readout = nt_deq.flax.Dense(width, outputs, rngs=rngs)
 
