@@ -244,7 +244,7 @@ def _plan(run: Run, step: int, settings: Settings) -> None:
         )
     before = run.plan(step, settings.epochs)
     if before != settings.epochs:
-        tqdm.write(
+        print(
             f"Goes on after {step} steps of a run that was to have {before} epochs; the "
             f"{settings.schedule} step size is from here on that of {settings.epochs}.",
             file=sys.stderr,

@@ -437,7 +437,7 @@ def test_divergence_names_the_step_and_what_to_change(tmp_path):
     chaotic = dataclasses.replace(TINY, W_std=4.0, activation="sin")
     with pytest.raises(TrainingError, match=r"^step 1 of 6: .* take --W_std below 4, and another"):
         train.train(chaotic, Workdir(tmp_path / "b"))
-    with pytest.raises(InputError, match=r"^--W_std=4\.0 has to be below 1\.41421"):
+    with pytest.raises(InputError, match=r"^--W_std=4\.0 must be below 1\.41421"):
         train.train(dataclasses.replace(TINY, W_std=4.0), Workdir(tmp_path / "c"))
 
 
