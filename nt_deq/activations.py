@@ -9,23 +9,32 @@ The formulas here are closed forms, evaluated through `arctan2` of a shared squa
 `arccos` or `arcsin`: near `u = u'` the rounding errors of their terms then cancel instead of adding
 up, and their derivatives are finite there. A function without a closed form is expanded in Hermite
 polynomials (`nt_deq.hermite`).
+
+A function is known by its values: `jax.nn.relu` and `lambda z: jnp.maximum(z, 0)` are `"relu"`. But
+`jax.nn.gelu` is not `"gelu"`: by default it is an approximation by tanh, off by up to 5e-4, whose
+kernels differ from those of `"gelu"` by 1e-4 to 1e-3. It is expanded, and takes the same time.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.scipy.special import erf
 
 from nt_deq import hermite
+from nt_deq._compat import enable_x64
 
 Moments = tuple[Array, Array]
+_MODULES = ("jax.nn", "jax.numpy", "jax.scipy.special", "jax.lax")  # where JAX has its functions
 
 
 @dataclass(frozen=True)
@@ -49,13 +58,26 @@ class Activation:
     lipschitz: float
     homogeneous: bool = False
 
+    def __reduce__(self):
+        """Pickles what has a name by its name: functions of JAX and those within do not pickle."""
+        if activations.get(self.name) is self:
+            return get_activation, (self.name,)
+        for module in _MODULES:
+            named = getattr(importlib.import_module(module), self.name, None)
+            if named is not None and inspect.unwrap(named) is inspect.unwrap(self.fn):
+                return _from_module, (module, self.name)
+        if isinstance(self.dual, partial) and self.dual.func is hermite.dual:
+            return get_activation, (self.fn,)
+        return Activation, tuple(getattr(self, field.name) for field in fields(self))
+
 
 def get_activation(activation: str | Activation | Callable[[Array], Array]) -> Activation:
     """Returns the `Activation` that a name, an `Activation` or a function stands for.
 
-    An elementwise JAX function is expanded in Hermite polynomials by `nt_deq.hermite`, unless it is
-    the `fn` of one of `nt_deq.activations`, as `jnp.tanh` is. The same function object gives the
-    same `Activation`.
+    An elementwise JAX function that has the values of one of `nt_deq.activations`, as `jax.nn.relu`
+    has, is that one; one with a kink at 0 and linear on both sides is `piecewise_linear`. Any other
+    is expanded in Hermite polynomials by `nt_deq.hermite`. The same function object gives the same
+    `Activation`.
 
     Raises:
       ValueError: the name is not in `nt_deq.activations`, or the function has no usable expansion:
@@ -84,8 +106,30 @@ def _from_function(fn: Callable[[Array], Array]) -> Activation:
     for known in activations.values():
         if known.fn is fn:
             return known
-    name = getattr(fn, "__name__", repr(fn))
-    return smooth(name, fn, hermite.check(name, fn))
+    name = getattr(fn.func if isinstance(fn, partial) else fn, "__name__", repr(fn))
+    with jax.ensure_compile_time_eval():  # it may be seen first under jax.jit
+        hermite.check_elementwise(name, fn)
+        return _recognise(fn) or smooth(name, fn, hermite.check(name, fn))
+
+
+def _recognise(fn: Callable[[Array], Array]) -> Activation | None:
+    """The closed form that an elementwise function has, by its values on [-1e6, 1e6]; or `None`."""
+    with enable_x64(True):
+        z = jnp.sinh(jnp.linspace(-14.5, 14.5, 401))
+        x, values = np.asarray(z), np.asarray(fn(z))
+        for known in activations.values():
+            bound = 1e-14 * np.abs(values) if known.homogeneous else 1e-13 * (1 + np.abs(x))
+            if (np.abs(values - np.asarray(known.fn(z))) <= bound).all():
+                return known
+        negative, positive = (float(sign * fn(jnp.asarray(sign))) for sign in (-1.0, 1.0))
+    line = positive * np.maximum(x, 0) + negative * np.minimum(x, 0)
+    if line.any() and np.allclose(values, line, rtol=1e-14, atol=0):
+        return piecewise_linear(f"piecewise_linear({negative:g}, {positive:g})", negative, positive)
+    return None
+
+
+def _from_module(module: str, name: str) -> Activation:
+    return get_activation(getattr(importlib.import_module(module), name))
 
 
 def _clip(x: Array, lower: float | None, upper: float | None) -> Array:
@@ -129,24 +173,30 @@ def _arc_cosine_jvp(primals, tangents):
 
 def piecewise_linear(name: str, negative: float, positive: float) -> Activation:
     """`φ(z) = positive · max(z, 0) + negative · min(z, 0)`; ReLU is (0, 1), Abs (-1, 1)."""
-    bend, product = (positive - negative) ** 2 / 2, positive * negative
-    mean_square = (positive**2 + negative**2) / 2
-
-    def fn(z):
-        return positive * jnp.maximum(z, 0) + negative * jnp.minimum(z, 0)
-
-    def dual(k1, k2, c):
-        scale = _sqrt(k1) * _sqrt(k2)
-        zero = scale == 0
-        rho = _clip(jnp.where(zero, 0, c / jnp.where(zero, 1, scale)), -1, 1)
-        k0, k1_ = _arc_cosine(rho)
-        return scale * (bend * k1_ + product * rho), bend * k0 + product
-
-    def dual_diagonal(k):
-        return mean_square * k, jnp.full_like(k, mean_square)
-
+    fn, dual, dual_diagonal = (
+        partial(function, negative, positive)
+        for function in (_piecewise_linear, _piecewise_linear_dual, _piecewise_linear_dual_diagonal)
+    )
     lipschitz = max(abs(negative), abs(positive))
     return Activation(name, fn, dual, dual_diagonal, lipschitz, homogeneous=True)
+
+
+def _piecewise_linear(negative, positive, z):
+    return positive * jnp.maximum(z, 0) + negative * jnp.minimum(z, 0)
+
+
+def _piecewise_linear_dual(negative, positive, k1, k2, c):
+    bend, product = (positive - negative) ** 2 / 2, positive * negative
+    scale = _sqrt(k1) * _sqrt(k2)
+    zero = scale == 0
+    rho = _clip(jnp.where(zero, 0, c / jnp.where(zero, 1, scale)), -1, 1)
+    k0, k1_ = _arc_cosine(rho)
+    return scale * (bend * k1_ + product * rho), bend * k0 + product
+
+
+def _piecewise_linear_dual_diagonal(negative, positive, k):
+    mean_square = (positive**2 + negative**2) / 2
+    return mean_square * k, jnp.full_like(k, mean_square)
 
 
 def smooth(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activation:

@@ -304,15 +304,8 @@ def _mismatch(fn: Function, k: Array) -> Array:
     return jnp.max(jnp.abs(by_values - by_slopes) / (1 + k) / jnp.maximum(by_values, tiny))
 
 
-def check(name: str, fn: Function) -> float:
-    """Checks that a function can be expanded, and returns its Lipschitz constant.
-
-    The constant is the largest slope on a grid over [-1490, 1490], dense near 0.
-
-    Raises:
-      ValueError: it is not elementwise, real, finite and smooth; the message says what was
-        measured.
-    """
+def check_elementwise(name: str, fn: Function) -> None:
+    """Raises a ValueError unless a function is an elementwise and real function of an array."""
     z = jnp.linspace(-2.0, 3.0, 6)
     try:
         out = jax.eval_shape(lambda z: fn(z), z)
@@ -329,13 +322,26 @@ def check(name: str, fn: Function) -> float:
             f"activation={name}: its value at one element depends on the others (at z={z[0]}: "
             f"{whole[0]} or {parts[0]}); it has to be elementwise."
         )
+
+
+def check(name: str, fn: Function) -> float:
+    """Checks that an elementwise function can be expanded, and returns its Lipschitz constant.
+
+    The constant is the largest slope on a grid over [-1490, 1490], dense near 0.
+
+    Raises:
+      ValueError: it is not finite and smooth; the message says what was measured.
+    """
+    z = jnp.sinh(jnp.linspace(-8.0, 8.0, 20_001))
     expansion = expand(Derivative(fn), z.dtype)
     limit = expansion.limits[-1]
     if limit < 0.1:
         raise ValueError(
             f"activation={name}: its Hermite series does not converge: {expansion.failure}. "
-            "It has a kink, a jump or a pole, or is too steep; use the closed form of one of "
-            "nt_deq.activations, or give its expectations in an nt_deq.Activation of your own."
+            "It or its derivative has a kink, a jump or a pole, or is too steep. Take an activation "
+            "of nt_deq.activations instead: for elu, celu and selu 'silu', 'softplus' or "
+            "'leaky_relu', for relu6 and hard_swish 'relu' or 'silu', for hard_tanh and soft_sign "
+            "'tanh' or 'erf'. Or give its expectations in an nt_deq.Activation of your own."
         )
     # Smaller variances may underflow: those of z³ are 15 k³.
     k = jnp.asarray(_VARIANCES[(_VARIANCES >= 1e-3) & (limit >= _VARIANCES)], z.dtype)
@@ -345,5 +351,4 @@ def check(name: str, fn: Function) -> float:
             f"activation={name}: E[φ²] by quadrature of φ and by that of its jax.jvp differ by "
             f"{error:.2g} of their size: it jumps, or its derivative is not the one that JAX has."
         )
-    z = jnp.sinh(jnp.linspace(-8.0, 8.0, 20_001))
     return float(jnp.max(jnp.abs(Derivative(fn)(z))))

@@ -68,7 +68,10 @@ class _DEQ(BaseEstimator):
 
     def __getstate__(self):
         state: Any = super().__getstate__()
-        return {name: value for name, value in state.items() if name != "_regression"}  # programs
+        state = {name: value for name, value in state.items() if name != "_regression"}  # programs
+        if callable(self.activation):  # a function of JAX does not pickle, its Activation does
+            state["activation"] = get_activation(self.activation)
+        return state
 
     def _fit_process(self, X: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Fits to targets `(n, C)`; returns those that the hyper-parameters are fitted to."""
