@@ -14,6 +14,13 @@ def is_traced(*values) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
+def rows(name: str, indices) -> str:
+    """Says which rows of `name` a message is about."""
+    if len(indices) == 1:
+        return f"row {indices[0]} of {name}"
+    return f"{len(indices)} rows of {name} (the first is row {indices[0]})"
+
+
 def standard_deviations(**values) -> None:
     """Raises unless every value is a finite scalar of at least 0 (a traced one: a scalar)."""
     for name, value in values.items():
@@ -30,12 +37,18 @@ def standard_deviations(**values) -> None:
 
 
 def inputs(name: str, x) -> Array:
-    """Returns `x` as a floating array of shape `(n, d)`, or raises."""
+    """Returns `x` as a floating array of shape `(n, d)`, or raises.
+
+    Numbers of half precision become float32: sums of their products and fixed points of those need
+    more digits than they have.
+    """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(f"{name} is complex ({x.dtype}); pass real inputs.")
         x = x.astype(jnp.float_)
+    if jnp.finfo(x.dtype).bits < 32:
+        x = x.astype(jnp.float32)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(
             f"{name} has shape {x.shape}; pass inputs of shape (n, d) with n, d >= 1"
@@ -45,8 +58,7 @@ def inputs(name: str, x) -> Array:
         bad = np.flatnonzero(~np.isfinite(np.asarray(x)).all(axis=1))
         if bad.size:
             raise ValueError(
-                f"{name} has NaN or infinite values in {bad.size} of its {x.shape[0]} rows (first: "
-                f"row {bad[0]}); drop or impute them."
+                f"there are NaN or infinite values in {rows(name, bad)}; drop or impute them."
             )
     return x
 
@@ -73,8 +85,7 @@ def examples(name: str, x) -> None:
         bad = np.flatnonzero(~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(axis=1))
         if bad.size:
             raise ValueError(
-                f"{name} has NaN or infinite values in {bad.size} of {len(x)} inputs (first: "
-                f"{bad[0]}); drop or impute them."
+                f"there are NaN or infinite values in {rows(name, bad)}; drop or impute them."
             )
 
 

@@ -113,17 +113,21 @@ def _from_function(fn: Callable[[Array], Array]) -> Activation:
 
 
 def _recognise(fn: Callable[[Array], Array]) -> Activation | None:
-    """The closed form that an elementwise function has, by its values on [-1e6, 1e6]; or `None`."""
+    """The closed form that an elementwise function has, by its values and slopes on [-1e6, 1e6]."""
+
+    def sample(fn, z):
+        return np.stack(jax.jvp(fn, (z,), (jnp.ones_like(z),)))
+
     with enable_x64(True):
-        z = jnp.sinh(jnp.linspace(-14.5, 14.5, 401))
-        x, values = np.asarray(z), np.asarray(fn(z))
+        z = jnp.sinh(jnp.linspace(-14.5, 14.5, 400))  # without 0, where there may be a kink
+        x, values = np.asarray(z), sample(fn, z)
         for known in activations.values():
-            bound = 1e-14 * np.abs(values) if known.homogeneous else 1e-13 * (1 + np.abs(x))
-            if (np.abs(values - np.asarray(known.fn(z))) <= bound).all():
+            bound = 1e-14 * np.abs(values) if known.homogeneous else 1e-12 * (1 + np.abs(x))
+            if (np.abs(values - sample(known.fn, z)) <= bound).all():
                 return known
-        negative, positive = (float(sign * fn(jnp.asarray(sign))) for sign in (-1.0, 1.0))
-    line = positive * np.maximum(x, 0) + negative * np.minimum(x, 0)
-    if line.any() and np.allclose(values, line, rtol=1e-14, atol=0):
+    negative, positive = (float(slope) for slope in values[1, [0, -1]])
+    lines = np.array([x, np.ones_like(x)]) * np.where(x > 0, positive, negative)
+    if lines.any() and np.allclose(values, lines, rtol=1e-14, atol=0):
         return piecewise_linear(f"piecewise_linear({negative:g}, {positive:g})", negative, positive)
     return None
 

@@ -39,8 +39,15 @@ _POWER_STEPS = 30
 
 
 class Rates(NamedTuple):
-    """`(n,)` each: the contraction rate of the inputs' own blocks, and whether they converged."""
+    """`(n,)` each, of the inputs' own blocks.
 
+    Attributes:
+      injected: the largest variance of `inject(x)`.
+      rate: at which the block contracts.
+      converged: whether it did.
+    """
+
+    injected: Array
     rate: Array
     converged: Array
 
@@ -132,7 +139,8 @@ def _solve_marginals(cell, inject, solver) -> tuple[Array, Rates]:
         jax.lax.stop_gradient(root.value), slim.mask1
     )
     exists = root.converged & (rates < 1 - rounding(rates.dtype))
-    return _keep(exists, root.value), Rates(rates, root.converged)
+    injected = jnp.max(slim.cov1, axis=tuple(range(1, slim.cov1.ndim)))
+    return _keep(exists, root.value), Rates(injected, rates, root.converged)
 
 
 def _marginal_map(covariance, event_dims, cov, k, *closed_over):
@@ -330,19 +338,30 @@ def raise_unless_converged(*inputs: Rates) -> None:
     """Raises where an eager solve found no equilibrium; traced values pass, as NaN."""
     if _checks.is_traced(inputs):
         return
-    for side, rates in zip(("first", "second"), inputs, strict=True):
-        rate = np.asarray(rates.rate)
+    for side, rates in zip(("x1", "x2"), inputs, strict=True):
+        rate, injected = np.asarray(rates.rate), np.asarray(rates.injected)
+        missing = np.flatnonzero(np.isnan(injected))
+        if missing.size:
+            raise ValueError(
+                f"FixedPoint: there are NaN or infinite values in {_checks.rows(side, missing)}; "
+                "drop or impute them."
+            )
+        large = np.flatnonzero(np.isinf(injected))
+        if large.size:
+            raise OverflowError(
+                f"FixedPoint: the variance of inject of {_checks.rows(side, large)} overflows "
+                f"{rate.dtype}; make the inputs or the weights of inject smaller."
+            )
         unstable = np.flatnonzero(~(rate < 1 - rounding(rate.dtype)))
         if unstable.size:
             raise NoEquilibriumError(
                 f"FixedPoint: the cell's kernel contracts at the rate {rate[unstable[0]]:.6g}, "
-                f"which has to be below 1, and does not for {unstable.size} of the {side} "
-                f"inputs (first: row {unstable[0]}): the network has no stable "
-                "equilibrium there; take a smaller W_std in the cell."
+                f"which must be below 1, and is not for {_checks.rows(side, unstable)}: the "
+                "network has no stable equilibrium there; take a smaller W_std in the cell."
             )
         failed = np.flatnonzero(~np.asarray(rates.converged))
         if failed.size:
             raise NotConvergedError(
-                f"FixedPoint: {failed.size} of the {side} inputs (first: row {failed[0]}) have not "
-                "converged; allow the solver more max_steps or a larger tol."
+                f"FixedPoint: {_checks.rows(side, failed)} did not converge; allow the solver more "
+                "max_steps or a larger tol."
             )

@@ -13,6 +13,7 @@ K* is solved entry by entry (`nt_deq.pointwise`); Θ*, which is linear, is writt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -72,6 +73,22 @@ class KernelSolution(NamedTuple):
     error_bound: Array
     converged: Array
 
+    def __repr__(self):
+        """Four lines instead of as many numbers as there are pairs."""
+        first = f"KernelSolution: nngp and ntk of shape {self.nngp.shape}, {self.nngp.dtype}"
+        if _checks.is_traced(self):
+            return f"{first}, traced"
+        converged, bound = np.asarray(self.converged), np.asarray(self.error_bound)
+        every = "all" if converged.all() else f"{converged.sum()} of"
+        return "\n  ".join(
+            [
+                first,
+                f"steps: {np.max(self.steps)}, rate: {np.max(self.rate):.6g}",
+                f"error_bound: at most {np.max(bound[converged], initial=0):.2g}",
+                f"converged: {every} {converged.size} pairs",
+            ]
+        )
+
 
 def deq_kernel(
     x1: Array,
@@ -101,9 +118,11 @@ def deq_kernel(
         identity) and `nt_deq.Newton()` for the others; `nt_deq.Picard()` is the plain iteration.
 
     Returns:
-      A `KernelSolution` in the dtype of `x1` and `x2`.
+      A `KernelSolution` in the dtype of `x1` and `x2`; of half precision in float32, as
+      neural-tangents has it.
 
     Raises:
+      OverflowError: a variance or a product of two is beyond the dtype (traced: as below).
       NoEquilibriumError: some input has no stable equilibrium (a traced call instead gives NaN in
         its row or column, and `converged` is False there).
       NotConvergedError: `solver.max_steps` was too few (traced: likewise).
@@ -210,14 +229,23 @@ def raise_unless_converged(
     """Raises where an eager solve found no equilibrium; traced values pass, as NaN."""
     if _checks.is_traced((converged, marginals1, marginals2)) or bool(jnp.all(converged)):
         return
-    for side, marginals in (("first", marginals1), ("second", marginals2)):
+    dtype = marginals1.rate.dtype
+    largest = float(jnp.finfo(dtype).max)
+    wider = "" if dtype == np.float64 else ", or compute in float64"
+    for side, marginals in (("x1", marginals1), ("x2", marginals2)):
         missing = np.flatnonzero(~np.isfinite(np.asarray(marginals.variance)))
         if not missing.size:
             continue
-        row = missing[0]
+        row, where = missing[0], _checks.rows(side, missing)
         rate, k = float(marginals.rate[row]), float(marginals.root.value[row])
-        where = f"{missing.size} of the {side} inputs (first: row {row})"
-        if rate < 1 - rounding(marginals.rate.dtype) and np.isfinite(k):
+        if np.isnan(k):
+            raise ValueError(f"there are NaN or infinite values in {where}; drop or impute them.")
+        if np.isinf(k) and not _rate_of_large(activation, W_std, rate, dtype) >= 1:
+            raise OverflowError(
+                f"the variance of {where} overflows {dtype}, whose largest number is "
+                f"{largest:.2g}; make the inputs, U_std or b_std smaller{wider}."
+            )
+        if rate < 1 - rounding(dtype) and np.isfinite(k):
             raise NotConvergedError(
                 f"the variance of {where} has not converged after {solver.max_steps} steps of "
                 f"{type(solver).__name__} (W_std² E[φ'(z*)²] = {rate:.6g}); allow more max_steps, "
@@ -226,9 +254,8 @@ def raise_unless_converged(
         if np.isnan(rate) and np.isfinite(k):
             raise NotConvergedError(
                 f"activation={activation.name!r}: its expectations are not known in "
-                f"{marginals.rate.dtype} at the variance K* = {k:.4g} that {where} reached; make "
-                "the inputs or U_std smaller, or take an activation with a closed form, such as "
-                "'erf'."
+                f"{dtype} at the variance K* = {k:.4g} that {where} reached; make the inputs or "
+                "U_std smaller, or take an activation with a closed form, such as 'erf'."
             )
         remedy = (
             f"take W_std < {1 / np.sqrt(float(activation.dual_diagonal(jnp.ones(()))[1])):.6g}"
@@ -237,11 +264,26 @@ def raise_unless_converged(
         )
         raise NoEquilibriumError(
             f"W_std={float(W_std):.6g} with activation={activation.name!r}: W_std² E[φ'(z*)²] = "
-            f"{rate:.6g} has to be below 1, and is not for {where}, so the network has no stable "
+            f"{rate:.6g} must be below 1, and is not for {where}, so the network has no stable "
             f"equilibrium there; {remedy}."
         )
     failed = ~np.asarray(converged)
+    variances = (float(jnp.max(marginals.variance)) for marginals in (marginals1, marginals2))
+    if math.prod(variances) > largest:
+        raise OverflowError(
+            f"the product of two variances overflows {dtype}, whose largest number is "
+            f"{largest:.2g}, in {failed.sum()} of {failed.size} pairs; make the inputs, U_std or "
+            f"b_std smaller{wider}."
+        )
     raise NotConvergedError(
         f"{failed.sum()} of {failed.size} pairs have not converged after {solver.max_steps} steps "
         f"of {type(solver).__name__}; allow more max_steps, a larger tol, or use nt_deq.Newton()."
     )
+
+
+def _rate_of_large(activation, W_std, rate, dtype) -> float:
+    """`W_std² E[φ'²]` where the variance is infinite, by that of a large one where it is NaN."""
+    if not np.isnan(rate):
+        return rate
+    large = jnp.sqrt(jnp.finfo(dtype).max).astype(dtype) / 1e6
+    return float(W_std) ** 2 * float(activation.dual_diagonal(large)[1])

@@ -1,16 +1,20 @@
 """The Gaussian expectations of the activations, against quadrature and finite differences."""
 
+import copy
 import itertools
+import pickle
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from marks import slow_except
 from scipy import integrate
 
 from nt_deq import Activation, activations
-from nt_deq.activations import get_activation
+from nt_deq.activations import get_activation, piecewise_linear
 
 SMOOTH = [name for name, a in activations.items() if not a.homogeneous]
 HOMOGENEOUS = [name for name, a in activations.items() if a.homogeneous]
@@ -177,6 +181,87 @@ def test_names_resolve_and_others_are_refused():
         get_activation(3)
     for name in ("sin", "erf", *EXPANDED):
         assert get_activation(activations[name].fn) is activations[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "functions"),
+    [
+        ("relu", [jax.nn.relu, nnx.relu, lambda z: jnp.maximum(z, 0)]),
+        ("leaky_relu", [jax.nn.leaky_relu, partial(nnx.leaky_relu, negative_slope=0.01)]),
+        ("abs", [jnp.abs, jnp.absolute, jax.lax.abs]),
+        ("identity", [jax.nn.identity, lambda z: z]),
+        ("erf", [jax.scipy.special.erf, jax.lax.erf]),
+        ("gelu", [partial(jax.nn.gelu, approximate=False)]),
+        ("sin", [jnp.sin, jax.lax.sin]),
+        ("cos", [jnp.cos, jax.lax.cos]),
+        ("tanh", [jnp.tanh, jax.nn.tanh, jax.lax.tanh, nnx.tanh]),
+        ("sigmoid", [jax.nn.sigmoid, jax.lax.logistic, nnx.sigmoid]),
+        ("softplus", [jax.nn.softplus, nnx.softplus]),
+        ("silu", [jax.nn.silu, jax.nn.swish, nnx.swish]),
+    ],
+)
+def test_functions_mean_the_names(name, functions):
+    for fn in functions:
+        assert get_activation(fn) is activations[name], fn
+        assert get_activation(copy.deepcopy(fn)) is activations[name], fn  # as sklearn's clone does
+
+
+def test_any_slopes_have_a_closed_form(x64):
+    steep = get_activation(partial(jax.nn.leaky_relu, negative_slope=0.3))
+    expected = piecewise_linear("by its slopes", 0.3, 1.0)
+    at = jnp.asarray([1.3, 0.8, 0.4])
+    np.testing.assert_array_equal(steep.dual(*at), expected.dual(*at))
+    assert steep.homogeneous
+    assert steep.name == "piecewise_linear(0.3, 1)"
+
+
+def test_functions_that_are_near_are_not_taken_for_the_names(x64):
+    """The default of `jax.nn.gelu` is an approximation by tanh, and has kernels of its own."""
+    near = [jax.nn.gelu, lambda z: jnp.maximum(z, 1e-9 * z), lambda z: jnp.tanh((1 + 1e-9) * z)]
+    for fn in near:
+        assert get_activation(fn) not in activations.values()
+    k = jnp.ones(())
+    difference = jnp.abs(get_activation(jax.nn.gelu).dual_diagonal(k)[0] - by_gelu(k))
+    assert 1e-5 < difference < 1e-3
+    with pytest.raises(ValueError, match="its derivative is not the one that JAX has"):
+        get_activation(lambda z: jax.lax.stop_gradient(jnp.tanh(z)))
+
+
+def by_gelu(k):
+    return activations["gelu"].dual_diagonal(k)[0]
+
+
+@pytest.mark.smoke
+def test_a_function_may_be_seen_first_under_a_transformation():
+    from nt_deq import deq_kernel
+
+    x = jnp.arange(6.0).reshape(3, 2) / 6
+
+    def kernel(w, fn):
+        return deq_kernel(x, W_std=w, activation=fn).ntk
+
+    for make in (lambda: lambda z: jnp.maximum(z, 0), lambda: lambda z: jnp.tanh(z) + jnp.sin(z)):
+        expected = kernel(0.3, make())
+        np.testing.assert_allclose(jax.jit(partial(kernel, fn=make()))(0.3), expected, rtol=1e-5)
+        many = jax.vmap(jax.jit(partial(kernel, fn=make())))(jnp.array([0.3]))
+        np.testing.assert_allclose(many[0], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="elu: its Hermite series does not converge"):
+        jax.jit(partial(kernel, fn=jax.nn.elu))(0.3)
+
+
+def test_activations_pickle():
+    for name, activation in activations.items():
+        assert pickle.loads(pickle.dumps(activation)) is activation, name
+        assert copy.deepcopy(activation) is activation, name
+    for fn in (jax.nn.gelu, jax.nn.mish, by_gelu_approximately):
+        assert pickle.loads(pickle.dumps(get_activation(fn))) is get_activation(fn), fn
+    slopes = pickle.loads(pickle.dumps(piecewise_linear("mine", -0.5, 2.0)))
+    assert slopes.name == "mine"
+    np.testing.assert_array_equal(slopes.fn(jnp.array([-2.0, 1.0])), [1.0, 2.0])
+
+
+def by_gelu_approximately(z):
+    return jax.nn.gelu(z) + 0 * z
 
 
 def test_an_activation_of_ones_own_is_used():

@@ -405,7 +405,8 @@ def test_no_equilibrium(name):
     }[name]
     kernel_fn = stax.FixedPoint(cell, CASES[name][1])[2]
     with pytest.raises(
-        NoEquilibriumError, match=r"which has to be below 1, and does not for [34] of"
+        NoEquilibriumError,
+        match=r"which must be below 1, and is not for [34] rows of x1 \(the first is row 0\)",
     ):
         kernel_fn(x)
     traced = jax.jit(lambda x: kernel_fn(x, None, ("nngp", "ntk")))(x)
@@ -413,9 +414,20 @@ def test_no_equilibrium(name):
     assert np.isnan(traced.ntk).all()
 
 
+def test_numbers_that_are_none_or_too_large_are_called_so():
+    kernel_fn = stax.FixedPoint(stax.serial(stax.Relu(), stax.Dense(1, 0.8)), stax.Dense(1))[2]
+    x = jnp.ones((3, 2))
+    with pytest.raises(OverflowError, match="inject of row 1 of x1 overflows float32"):
+        kernel_fn(x.at[1].set(1e30))
+    with pytest.raises(OverflowError, match=r"2 rows of x2 \(the first is row 0\) overflows"):
+        kernel_fn(x, x.at[:2].set(1e30))
+    with pytest.raises(ValueError, match="infinite values in row 2 of x1;"):
+        kernel_fn(x.at[2].set(jnp.nan))
+
+
 def test_too_few_steps():
     x, _ = pair(SEQUENCES)
-    with pytest.raises(NotConvergedError, match="have not converged"):
+    with pytest.raises(NotConvergedError, match="rows of x1 .* did not converge"):
         stax.FixedPoint(*CASES["conv_1d"][:2], Picard(max_steps=2))[2](x)
 
 

@@ -349,7 +349,7 @@ def test_the_program_does_not_grow_with_the_steps():
 @pytest.mark.parametrize("solver", slow_except([Newton()], SOLVERS), ids=repr)
 def test_no_equilibrium_is_an_error(activation, W_std, solver):
     x = inputs()
-    with pytest.raises(NoEquilibriumError, match=rf"W_std={W_std:.6g}.*has to be below 1.*take "):
+    with pytest.raises(NoEquilibriumError, match=rf"W_std={W_std:.6g}.*must be below 1.*take "):
         deq_kernel(x, W_std=W_std, activation=activation, solver=solver)
     traced = jax.jit(lambda w: deq_kernel(x, W_std=w, activation=activation, solver=solver))(W_std)
     assert np.isnan(traced.nngp).all()
@@ -361,9 +361,9 @@ def test_only_the_inputs_without_equilibrium_are_nan():
     """erf: a larger input saturates the units, which stabilises the network."""
     x = jnp.array([[0.1, 0.0], [3.0, 1.0], [0.0, 0.2], [-2.0, 5.0]])
     unstable = np.array([True, False, True, False])
-    with pytest.raises(NoEquilibriumError, match=r"2 of the first inputs \(first: row 0\)"):
+    with pytest.raises(NoEquilibriumError, match=r"for 2 rows of x1 \(the first is row 0\)"):
         deq_kernel(x, W_std=2.0, activation="erf")
-    with pytest.raises(NoEquilibriumError, match=r"2 of the second inputs \(first: row 0\)"):
+    with pytest.raises(NoEquilibriumError, match=r"for 2 rows of x2 \(the first is row 0\)"):
         deq_kernel(x[1::2], x, W_std=2.0, activation="erf")
     both = jax.jit(lambda x: deq_kernel(x, W_std=2.0, activation="erf"))(x)
     expected = unstable[:, None] | unstable[None, :]
@@ -372,6 +372,56 @@ def test_only_the_inputs_without_equilibrium_are_nan():
     np.testing.assert_array_equal(both.converged, ~expected)
     alone = deq_kernel(x[1::2], W_std=2.0, activation="erf")
     np.testing.assert_allclose(both.ntk[1::2, 1::2], alone.ntk, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("activation", "U_std", "message"),
+    [
+        ("relu", 1e30, r"the variance of 3 rows of x1 \(the first is row 0\) overflows float32"),
+        ("relu", 1.11e19, r"the variance of row 0 of x1 overflows float32"),  # K*, not S
+        ("gelu", 1e30, "the variance of 3 rows of x1"),
+        ("tanh", 1e30, "the variance of 3 rows of x1"),
+        ("sin", 1e30, "the variance of 3 rows of x1"),
+        ("erf", 1e18, "the product of two variances overflows float32.* 6 of 9 pairs"),
+    ],
+)
+def test_overflow_is_called_so(activation, U_std, message):
+    with pytest.raises(OverflowError, match=message):
+        deq_kernel(X, W_std=0.8, U_std=U_std, activation=activation)
+
+
+def test_rows_of_x2_are_named():
+    x2 = jnp.asarray(X).at[1].multiply(1e30)
+    with pytest.raises(OverflowError, match="row 1 of x2 overflows"):
+        deq_kernel(X, x2, W_std=0.8)
+    with pytest.raises(ValueError, match="infinite values in row 1 of x2;"):
+        deq_kernel(X, x2.at[1].set(jnp.nan), W_std=0.8)
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_half_precision_is_computed_in_float32(half):
+    """A bfloat16 has 3 digits: in it the kernels were 3 % off, and `converged`."""
+    x = jnp.asarray(X, half)
+    solution = deq_kernel(x, W_std=0.8, b_std=0.1, activation="gelu")
+    exact = deq_kernel(x.astype("float32"), W_std=0.8, b_std=0.1, activation="gelu")
+    assert solution.nngp.dtype == solution.error_bound.dtype == np.float32
+    np.testing.assert_array_equal(solution.nngp, exact.nngp)
+    np.testing.assert_array_equal(solution.ntk, exact.ntk)
+    assert deq_kernel(x, x.astype("float32"), W_std=0.8).ntk.dtype == np.float32
+
+
+def test_a_solution_is_printed_in_four_lines():
+    solution = deq_kernel(X, W_std=0.8, activation="gelu")
+    lines = repr(solution).splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "KernelSolution: nngp and ntk of shape (3, 3), float32"
+    assert lines[1].split() == f"steps: {solution.steps}, rate: {solution.rate:.6g}".split()
+    assert lines[2].split() == f"error_bound: at most {solution.error_bound.max():.2g}".split()
+    assert lines[3].split() == "converged: all 9 pairs".split()
+    x = jnp.array([[0.1, 0.0], [3.0, 1.0]])
+    part = jax.jit(lambda x: deq_kernel(x, W_std=2.0, activation="erf"))(x)
+    assert repr(part).endswith("converged: 1 of 4 pairs")
+    jax.jit(lambda x: [repr(deq_kernel(x, W_std=0.5)).index("traced"), x][1])(x)
 
 
 def test_too_few_steps_is_an_error():
@@ -397,7 +447,10 @@ def test_too_few_steps_is_an_error():
         (dict(W_std=0.5, x1=np.ones(3)), r"x1 has shape \(3,\); pass inputs of shape \(n, d\)"),
         (dict(W_std=0.5, x1=np.ones((2, 0))), r"x1 has shape \(2, 0\)"),
         (dict(W_std=0.5, x2=np.ones((2, 4))), "x1 has 3 features and x2 has 4"),
-        (dict(W_std=0.5, x1=np.array([[0, 1, 2], [0, np.nan, 1]])), "NaN or infinite.*row 1"),
+        (
+            dict(W_std=0.5, x1=np.array([[0, 1, 2], [0, np.nan, 1]])),
+            "infinite values in row 1 of x1;",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -304,7 +304,7 @@ def test_bad_arguments():
     features = SketchFeatures(series, D, 20, key)
     with pytest.raises(ValueError, match="12 features on the last axis"):
         features(x[:, :5])
-    with pytest.raises(ValueError, match=r"1 of 10 rows off the sphere \(first: row 4"):
+    with pytest.raises(ValueError, match=r"1 of 10 rows off the sphere \(the first is row 4"):
         features(x.at[4].multiply(1.1))
     traced = jax.jit(features)(x.at[4].multiply(1.1))
     np.testing.assert_array_equal(np.isnan(traced).all(axis=1), np.arange(10) == 4)

@@ -1,7 +1,10 @@
 """The estimators are scikit-learn's in every respect, and `nt_deq.gp`'s in what they compute."""
 
+import copy
 import pickle
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import integrate, stats
@@ -13,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from nt_deq import gp, stax
+from nt_deq import activations, gp, stax
 from nt_deq.sklearn import DEQClassifier, DEQRegressor
 
 FIXED = [DEQRegressor(optimize=False), DEQClassifier(optimize=False)]
@@ -86,6 +89,17 @@ def test_tools_of_scikit_learn():
     np.testing.assert_array_equal(
         clone(search.best_estimator_).fit(x, y).predict(x), search.predict(x)
     )
+
+
+@pytest.mark.parametrize("activation", [jnp.tanh, jax.nn.relu, jax.nn.gelu, lambda z: z])
+def test_a_function_for_an_activation(activation):
+    x, y = data()
+    model = DEQRegressor(activation=activation, optimize=False).fit(x, y)
+    for found in (pickle.loads(pickle.dumps(model)), clone(model).fit(x, y), copy.deepcopy(model)):
+        np.testing.assert_array_equal(found.predict(x), model.predict(x))
+    assert model.activation is activation
+    assert pickle.loads(pickle.dumps(model)).get_params()["activation"].name in activations
+    assert np.isfinite(cross_val_score(model, x, y, cv=2)).all()
 
 
 @pytest.mark.slow

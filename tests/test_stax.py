@@ -280,7 +280,7 @@ def test_hyperparameters_may_be_traced(x64):
 def test_no_equilibrium():
     x = inputs()
     kernel_fn = network(W_std=1.5)[2]
-    with pytest.raises(NoEquilibriumError, match=r"W_std=1\.5.*= 1\.125 has to be below 1"):
+    with pytest.raises(NoEquilibriumError, match=r"W_std=1\.5.*= 1\.125 must be below 1"):
         kernel_fn(x)
     traced = jax.jit(lambda x: kernel_fn(x, None, ("nngp", "ntk")))(x)
     assert np.isnan(traced.nngp).all()

@@ -136,7 +136,7 @@ class SketchFeatures:
         if not _checks.is_traced(off) and bool(off.any()):
             row = int(jnp.argmax(off))
             raise ValueError(
-                f"x has {int(off.sum())} of {len(x)} rows off the sphere (first: row {row}, of "
+                f"x has {int(off.sum())} of {len(x)} rows off the sphere (the first is row {row}, of "
                 f"norm {float(norms[row]) * norm:.6g}): scale every input to the norm {norm:.6g}."
             )
         z = _sketch(self._sizes, self._weights, self._signs, self._levels, x / norm)

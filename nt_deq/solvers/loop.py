@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +45,7 @@ class Root(NamedTuple):
 class Solver(abc.ABC):
     """A method for `y = F(y)`, an independent equation in every block of entries.
 
-    A block is the last `event_dims` axes: a single entry where that is 0.
+    A block is a single entry where `event_dims` is 0, and the last axis where it is 1.
 
     Attributes:
       tol: the error of `y` to stop at, relative to the scale of its block (for a covariance
@@ -116,10 +117,19 @@ def iterate(
     upper: Array,
     event_dims: int = 0,
 ) -> Root:
-    """`solve` without derivatives; `fn` may return more than three values, and `aux` keeps them."""
+    """`solve` without derivatives; `fn` may return more than three values, and `aux` keeps them.
+
+    In the loop a block is one axis, however many axes it has for `fn`. Sums and maps over six axes
+    of as many layouts are slow on a CPU, and some of XLA:CPU's programs for them end the process
+    (docs/project/xla-cpu-segfault.md).
+    """
     floor = rounding(y0.dtype)
     tol = 2 * floor if solver.tol is None else solver.tol
-    axes = tuple(range(y0.ndim - event_dims, y0.ndim))
+    shape = y0.shape
+    if event_dims:
+        flat = (*shape[: y0.ndim - event_dims], math.prod(shape[y0.ndim - event_dims :]))
+        lower, upper = (jnp.broadcast_to(a, shape).reshape(flat) for a in (lower, upper))
+        y0, event_dims = y0.reshape(flat), 1
 
     def unfinished(carry):
         evaluations, _, (residual, converged, _), _ = carry
@@ -127,9 +137,11 @@ def iterate(
 
     def advance(carry):
         evaluations, y, _, state = carry
-        value, slope, scale, *aux = fn(y, *args)
-        value = jnp.clip(value, lower, upper)  # a root at a bound may be outside it by rounding
-        residual = jnp.max(jnp.abs(value - y), axis=axes) if axes else jnp.abs(value - y)
+        value, slope, scale, *aux = fn(y.reshape(shape), *args)
+        # A root at a bound may be outside it by rounding.
+        value = jnp.clip(value.reshape(y.shape), lower, upper)
+        residual = jnp.abs(value - y)
+        residual = jnp.max(residual, axis=-1) if event_dims else residual
         # The error of y is about residual / (1 - slope).
         allowed = tol if event_dims else jnp.maximum(tol * (1 - jnp.abs(slope)), floor)
         converged = residual <= allowed * scale
@@ -145,7 +157,7 @@ def iterate(
     evaluations, y, (residual, converged, aux), _ = lax.while_loop(
         unfinished, advance, (*carry[:2], nothing, carry[3])
     )
-    return Root(y, residual, converged, jnp.maximum(evaluations - 1, 0), aux)
+    return Root(y.reshape(shape), residual, converged, jnp.maximum(evaluations - 1, 0), aux)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
