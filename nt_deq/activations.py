@@ -177,10 +177,9 @@ def _arc_cosine_jvp(primals, tangents):
 
 def piecewise_linear(name: str, negative: float, positive: float) -> Activation:
     """`φ(z) = positive · max(z, 0) + negative · min(z, 0)`; ReLU is (0, 1), Abs (-1, 1)."""
-    fn, dual, dual_diagonal = (
-        partial(function, negative, positive)
-        for function in (_piecewise_linear, _piecewise_linear_dual, _piecewise_linear_dual_diagonal)
-    )
+    fn = partial(_piecewise_linear, negative, positive)
+    dual = partial(_piecewise_linear_dual, negative, positive)
+    dual_diagonal = partial(_piecewise_linear_dual_diagonal, negative, positive)
     lipschitz = max(abs(negative), abs(positive))
     return Activation(name, fn, dual, dual_diagonal, lipschitz, homogeneous=True)
 

@@ -427,7 +427,7 @@ def test_numbers_that_are_none_or_too_large_are_called_so():
 
 def test_too_few_steps():
     x, _ = pair(SEQUENCES)
-    with pytest.raises(NotConvergedError, match="rows of x1 .* did not converge"):
+    with pytest.raises(NotConvergedError, match=r"rows of x1 .* did not converge"):
         stax.FixedPoint(*CASES["conv_1d"][:2], Picard(max_steps=2))[2](x)
 
 

@@ -136,8 +136,9 @@ class SketchFeatures:
         if not _checks.is_traced(off) and bool(off.any()):
             row = int(jnp.argmax(off))
             raise ValueError(
-                f"x has {int(off.sum())} of {len(x)} rows off the sphere (the first is row {row}, of "
-                f"norm {float(norms[row]) * norm:.6g}): scale every input to the norm {norm:.6g}."
+                f"x has {int(off.sum())} of {len(x)} rows off the sphere (the first is row {row}, "
+                f"of norm {float(norms[row]) * norm:.6g}): scale every input to the norm "
+                f"{norm:.6g}."
             )
         z = _sketch(self._sizes, self._weights, self._signs, self._levels, x / norm)
         return jnp.where(off[:, None], jnp.nan, z)
