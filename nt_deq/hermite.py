@@ -341,7 +341,8 @@ def check(name: str, fn: Function) -> float:
             "It or its derivative has a kink, a jump or a pole, or is too steep. Take one of "
             "nt_deq.activations instead: for elu, celu and selu 'silu', 'softplus' or "
             "'leaky_relu', for relu6 and hard_swish 'relu' or 'silu', for hard_tanh and "
-            "soft_sign 'tanh' or 'erf'. Or give its expectations in an nt_deq.Activation of your own."
+            "soft_sign 'tanh' or 'erf'. Or give its expectations in an nt_deq.Activation of your "
+            "own."
         )
     # Smaller variances may underflow: those of z³ are 15 k³.
     k = jnp.asarray(_VARIANCES[(_VARIANCES >= 1e-3) & (limit >= _VARIANCES)], z.dtype)
