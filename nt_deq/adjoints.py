@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nt_deq import _checks
+from nt_deq.convolution import with_fast_transposes
 from nt_deq.iterations import FixedPointSolver, Iteration, SampleSolution, run
 from nt_deq.iterations.iteration import sample_norm, spread
 
@@ -99,8 +100,9 @@ def _implicit_jvp(layer, adjoint, on_failure, primals, tangents):
     z, args = primals
     # So that higher derivatives are right too:
     z = _implicit(layer, adjoint, on_failure, z, args)
-    _, d_layer = jax.jvp(lambda args: layer(z, args), (args,), (tangents[1],))
-    _, jacobian = jax.linearize(lambda z: layer(z, args), z)
+    fast = with_fast_transposes(layer)
+    _, d_layer = jax.jvp(lambda args: fast(z, args), (args,), (tangents[1],))
+    _, jacobian = jax.linearize(lambda z: fast(z, args), z)
 
     def solve(matvec, b):
         solution = adjoint.solve_linear(matvec, b)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax, random
 
 from nt_deq.flax import Conv, Dense
-from nt_deq.flax.convolution import convolve
+from nt_deq.convolution import convolve
 from nt_deq.flax.spectral_norm import convolution_norm, dense_norm
 
 

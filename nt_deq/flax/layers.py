@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from nt_deq import _checks
-from nt_deq.flax.convolution import convolve
+from nt_deq.convolution import convolve
 from nt_deq.flax.spectral_norm import convolution_norm, dense_norm
 
 PADDINGS = ("SAME", "CIRCULAR", "VALID")
