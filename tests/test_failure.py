@@ -116,7 +116,7 @@ def test_a_finite_depth_is_no_failure(x64):
 def test_parameters_that_are_nan_are_named():
     x = random.normal(random.key(0), (4, 5))
     deq = DEQ(5, 8, W_std=0.5, b_std=0.1, rngs=nnx.Rngs(0))
-    deq.inject.b[...] = deq.inject.b[...].at[0].set(jnp.nan)
+    deq.inject.b = nnx.Param(deq.inject.b[...].at[0].set(jnp.nan))
     with pytest.raises(
         NotConvergedError, match=r"because parameters\.inject\.b is NaN or infinite"
     ):

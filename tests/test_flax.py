@@ -348,16 +348,16 @@ def test_lipschitz_keeps_the_layer_a_contraction(x64, activation):
     x, lipschitz = inputs(3), 0.9
     deq = spectral_network(lipschitz, activation=activation, solver=Iteration())
     for scale in (1.0, 50.0, 1e6):
-        deq.hidden.W[...] *= scale
+        deq.hidden.W = nnx.Param(scale * deq.hidden.W[...])
         jacobian = jax.jacobian(lambda z: deq.step(z[None], x[:1])[0])
         for size in (1e-3, 1.0):
             z = size * random.normal(random.key(1), (48,))
             assert np.linalg.norm(jacobian(z), 2) <= lipschitz
         z = deq.equilibrium(x)
         np.testing.assert_allclose(deq.step(z, x), z, atol=1e-12 * np.abs(z).max())
-    deq.hidden.W[...] *= 1e-9
+    deq.hidden.W = nnx.Param(1e-9 * deq.hidden.W[...])
     free = spectral_network(parameterization="standard", activation=activation)
-    free.hidden.W[...], free.inject.W[...] = deq.hidden.W[...], deq.inject.W[...]
+    free.hidden.W, free.inject.W = deq.hidden.W, deq.inject.W
     np.testing.assert_allclose(deq(x), free(x), rtol=1e-12)
 
 
@@ -417,8 +417,8 @@ def test_mixed_precision(dtype):
         reference = exact
         if param_dtype is not None:  # rounded, or drawn otherwise
             reference = DEQ(5, 64, W_std=0.7, rngs=nnx.Rngs(0))
-            reference.hidden.W[...] = mixed.hidden.W[...].astype("float32")
-            reference.inject.W[...] = mixed.inject.W[...].astype("float32")
+            reference.hidden.W = nnx.Param(mixed.hidden.W[...].astype("float32"))
+            reference.inject.W = nnx.Param(mixed.inject.W[...].astype("float32"))
         z = reference.equilibrium(x)
         # J is about .5, so that the residual of 2 eps is an error of about 4.
         error = jnp.linalg.norm(solution.value - z, axis=1) / jnp.linalg.norm(z, axis=1)
