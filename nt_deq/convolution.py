@@ -65,14 +65,16 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[An
     for equation in jaxpr.eqns:
         operands, params = [read(atom) for atom in equation.invars], equation.params
         if equation.primitive is lax.conv_general_dilated_p and _is_plain(params, operands[1]):
-            out = [_replaced(*operands, params)]
+            out = [_replaced(operands[0], operands[1], params)]
         elif equation.primitive.name in ("jit", "pjit"):
             inner = params["jaxpr"]
             out = _evaluate(inner.jaxpr, inner.consts, operands)
         else:
-            functions, params = equation.primitive.get_bind_params(params)
-            out = equation.primitive.bind(*functions, *operands, **params)
-            out = out if equation.primitive.multiple_results else [out]
+            atoms = [atom for atom in equation.invars if not isinstance(atom, Literal)]
+            alone = jaxpr.replace(
+                constvars=[], invars=atoms, outvars=equation.outvars, eqns=[equation]
+            )
+            out = jax.core.eval_jaxpr(alone, [], *map(read, atoms))
         values.update(zip(equation.outvars, out, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 

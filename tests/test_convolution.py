@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from jax import lax, random
 
+from nt_deq.convolution import convolve, with_fast_transposes
 from nt_deq.flax import Conv, Dense
-from nt_deq.convolution import convolve
 from nt_deq.flax.spectral_norm import convolution_norm, dense_norm
 
 
@@ -112,3 +112,30 @@ def test_a_spectral_bound_scales_down_what_is_too_large(x64, parameterization):
     assert 0.85 < norm(large) <= 0.9
     free = Dense(20, 20, W_std=0.2, parameterization=parameterization, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(small(jnp.eye(20)), free(jnp.eye(20)))
+
+
+@pytest.mark.smoke
+def test_convolutions_of_any_function_are_replaced(x64):
+    """Of a module of nnx, in another layout, within jit; one with strides stays as it is."""
+    rngs, x = nnx.Rngs(0), random.normal(random.key(0), (2, 6, 6, 4))
+    conv = nnx.Conv(4, 4, (3, 3), rngs=rngs, param_dtype=jnp.float64)
+    strided = nnx.Conv(4, 4, (3, 3), strides=2, rngs=rngs, param_dtype=jnp.float64)
+    odd = random.normal(random.key(1), (4, 4, 2, 3))
+
+    def f(x, scale):
+        x = jax.nn.relu(conv(x)) + scale * jax.jit(conv)(jnp.tanh(x))
+        x = lax.conv_general_dilated(
+            x, odd, (1, 1), ((1, 0), (1, 1)), dimension_numbers=("NHWC", "OIHW", "NWHC")
+        )
+        return {"out": strided(x)}
+
+    both = [f, with_fast_transposes(f)]
+    names = [str(jax.make_jaxpr(g)(x, 2.0)).count("nt_deq_convolve") for g in both]
+    assert names == [0, 3]
+
+    def checks(x, f):
+        loss = lambda x: jnp.sum(jnp.sin(f(x, 2.0)["out"]))  # noqa: E731
+        return f(x, 2.0), jax.grad(loss)(x), jax.jvp(jax.grad(loss), (x,), (x,))[1]
+
+    values = [jax.jit(checks, static_argnums=1)(x, g) for g in both]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), *values)
