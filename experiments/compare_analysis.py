@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtr
 
 from experiments import infinite
 from experiments.data import Dataset
@@ -23,7 +24,8 @@ class Limit:
       mean: `(m, C)`, of the test outputs.
       std: `(m, 1)`, the same for every output.
       train_mse, test_mse: expected mean squared error of one network drawn from it.
-      test_accuracy: of the mean.
+      test_score: of the mean.
+      one_test_score: expected of one network drawn from it.
       equilibrium_steps: of the kernel's solver.
       seconds: to compute it.
     """
@@ -33,7 +35,8 @@ class Limit:
     std: np.ndarray
     train_mse: float
     test_mse: float
-    test_accuracy: float
+    test_score: float
+    one_test_score: float
     equilibrium_steps: int
     seconds: float
 
@@ -46,12 +49,12 @@ class Ensemble:
       width: how wide.
       mean, std: `(m, C)`, of the test outputs over the networks, after training.
       train_mse, test_mse: `(steps, seeds)`, of every network.
-      test_accuracy: of the mean of the networks.
-      test_accuracies: `(seeds,)`, of every network.
+      test_score: of the mean of the networks.
+      test_scores: `(seeds,)`, of every network.
       distances: `(steps, seeds)`, of every network from what gradient descent with the NTK makes of
-        the same network's start: RMS over test images and outputs.
+        the same network's start: RMS over test inputs and outputs.
       mean_distance: RMS distance of the networks' mean from the limit's mean.
-      equilibrium_steps: layers until the slowest image's equilibrium, over all networks.
+      equilibrium_steps: layers until the slowest input's equilibrium, over all networks.
       seconds: to train them.
     """
 
@@ -60,8 +63,8 @@ class Ensemble:
     std: np.ndarray
     train_mse: np.ndarray
     test_mse: np.ndarray
-    test_accuracy: float
-    test_accuracies: np.ndarray
+    test_score: float
+    test_scores: np.ndarray
     distances: np.ndarray
     mean_distance: float
     equilibrium_steps: int
@@ -73,6 +76,7 @@ class Comparison:
     """All that is reported.
 
     Attributes:
+      score: what scores are: the accuracy of labels, `R²` of real targets.
       steps: recorded, the first 0.
       learning_rate, max_learning_rate: of gradient descent, and with which it still converges.
       nngp, ntk, ntk_inf: the posterior; gradient descent after the last step; after infinitely
@@ -83,6 +87,7 @@ class Comparison:
       fit_widest: the last, of the two largest widths alone.
     """
 
+    score: str
     steps: Sequence[int]
     learning_rate: float
     max_learning_rate: float
@@ -104,6 +109,7 @@ class Comparison:
         """Everything but the predictions themselves, for JSON."""
         limits = {"nngp": self.nngp, "ntk": self.ntk, "ntk_inf": self.ntk_inf}
         return {
+            "score": self.score,
             "steps": list(self.steps),
             "times": self.times.tolist(),
             "learning_rate": self.learning_rate,
@@ -163,7 +169,8 @@ def analyse(
             std=np.sqrt(var[n:, None]),
             train_mse=float(train_mse),
             test_mse=float(test_mse),
-            test_accuracy=_accuracy(mean[n:], data.y_test),
+            test_score=_score(data, mean[n:]),
+            one_test_score=_expected_score(data, mean[n:], var[n:]),
             equilibrium_steps=int(limit["equilibrium_steps"]),
             seconds=float(seconds),
         )
@@ -179,8 +186,8 @@ def analyse(
             std=final.std(0, ddof=1),
             train_mse=errors[..., :n].mean(-1),
             test_mse=errors[..., n:].mean(-1),
-            test_accuracy=_accuracy(final.mean(0), data.y_test),
-            test_accuracies=(final.argmax(-1) == data.y_test).mean(-1),
+            test_score=_score(data, final.mean(0)),
+            test_scores=np.array([_score(data, outputs) for outputs in final]),
             distances=np.sqrt(np.square(outputs - expected)[:, :, n:].mean((2, 3))),
             mean_distance=rms(final.mean(0) - ntk.mean),
             equilibrium_steps=int(trained["equilibrium_steps"].max()),
@@ -199,6 +206,7 @@ def analyse(
     ensembles = [ensemble(width, networks[width]) for width in sorted(networks)]
     limit_train_mse, limit_test_mse = losses(limit["ntk_mean"], limit["ntk_var"])
     return Comparison(
+        score="accuracy" if data.classes else "R²",
         steps=steps,
         learning_rate=float(limit["learning_rate"]),
         max_learning_rate=float(limit["max_learning_rate"]),
@@ -218,5 +226,31 @@ def _fit(ensembles: Sequence[Ensemble], step: int) -> PowerLaw:
     return fit_power_law(*zip(*points, strict=True))
 
 
-def _accuracy(outputs: np.ndarray, y: np.ndarray) -> float:
-    return float((outputs.argmax(-1) == y).mean())
+def _score(data: Dataset, outputs: np.ndarray) -> float:
+    """Accuracy or R² of test outputs `(m, C)`."""
+    if data.classes:
+        return float((outputs.argmax(-1) == data.y_test).mean())
+    return 1 - float(np.square(outputs - data.targets_test).mean()) / _spread(data)
+
+
+def _spread(data: Dataset) -> float:
+    """The variance of the test targets."""
+    return float(data.targets_test.var(axis=0).mean())
+
+
+def _expected_score(data: Dataset, mean: np.ndarray, var: np.ndarray) -> float:
+    """The same of outputs that are independent and normal, of means `(m, C)`, variances `(m,)`.
+
+    The output of an input's class is the largest, given that it is `σ u` above its mean, with
+    probability `Π_c Φ((μ_y - μ_c)/σ + u)`, the product over the other classes.
+    """
+    if not data.classes:
+        return 1 - float((np.square(mean - data.targets_test).mean(-1) + var).mean()) / _spread(
+            data
+        )
+    rows, y = np.arange(len(mean)), data.y_test
+    u, weights = np.polynomial.hermite_e.hermegauss(64)
+    std = np.sqrt(np.maximum(var, np.finfo(np.float64).tiny))[:, None]
+    above = ndtr(((mean[rows, y][:, None] - mean) / std)[..., None] + u)
+    above[rows, y] = 1
+    return float((above.prod(1) @ weights).mean() / weights.sum())

@@ -12,7 +12,7 @@ import numpy as np
 
 from nt_deq import NoEquilibriumError, activations
 from experiments import finite, infinite, launch
-from experiments.data import Dataset, DataSettings, load
+from experiments.data import N_TEST, N_TRAIN, Dataset, DataSettings, load
 from experiments.errors import InputError
 from experiments.launch import flag
 from experiments.network import Architecture
@@ -25,8 +25,12 @@ from nt_deq._progress import progress_bar
 class Settings(DataSettings):
     """The flags that the launchers with trained networks share."""
 
-    n_train: int = flag(256, "training images, drawn at random", at_least=2)
-    n_test: int = flag(500, "test images, drawn at random", at_least=1)
+    n_train: int | None = flag(
+        None, f"training inputs, drawn at random; by default all, but {N_TRAIN} at most", at_least=2
+    )
+    n_test: int | None = flag(
+        None, f"test inputs, drawn at random; by default all, but {N_TEST} at most", at_least=1
+    )
     widths: tuple[int, ...] = flag((64, 256, 1024), "widths of the finite networks", at_least=1)
     seeds: int = flag(8, "networks of each width", at_least=2)
     W_std: float = flag(
@@ -51,7 +55,7 @@ class Settings(DataSettings):
         at_least=1,
     )
     float64: bool = flag(False, "compute in float64 instead of float32")
-    seed: int = flag(0, "of the choice of images and of the initialisations", at_least=0)
+    seed: int = flag(0, "of the choice of inputs and of the initialisations", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +97,10 @@ def train(
     Raises:
       InputError, NoEquilibriumError, NotConvergedError, TrainingError: the message says why.
     """
-    data = load(settings.data, settings.data_dir, settings.n_train, settings.n_test, settings.seed)
+    data = load(
+        settings.data, settings.data_dir, settings.n_train, settings.n_test, settings.seed,
+        regression=True,
+    )  # fmt: skip
     with enable_x64(settings.float64):
         limit = _infinite(settings, data, workdir)
         learning_rate, bound = float(limit["learning_rate"]), float(limit["max_learning_rate"])

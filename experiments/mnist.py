@@ -94,7 +94,9 @@ def tune(settings: Settings, data: Dataset) -> list[dict[str, float]]:
     return sorted(rows, key=lambda row: -row["accuracy"])
 
 
-def _draw(data: Dataset, scores: np.ndarray, residuals: list[float], plt: Any) -> Any:
+def _draw(
+    data: Dataset, images: np.ndarray, scores: np.ndarray, residuals: list[float], plt: Any
+) -> Any:
     """Residuals by step, and the test images that are most surely taken for another class."""
     wrong = np.flatnonzero(scores.argmax(1) != data.y_test)
     margin = scores[wrong].max(1) - scores[wrong, data.y_test[wrong]]
@@ -111,10 +113,7 @@ def _draw(data: Dataset, scores: np.ndarray, residuals: list[float], plt: Any) -
         axes[name].set_axis_off()
         if place < len(wrong):
             i = wrong[place]
-            image = data.images_test[i]
-            side = round(image.size**0.5)
-            image = image.reshape(side, -1) if image.size == side * side else np.atleast_2d(image)
-            axes[name].imshow(image, cmap="gray_r", interpolation="nearest")
+            axes[name].imshow(images[i], cmap="gray_r", interpolation="nearest")
             truth, guess = data.classes[data.y_test[i]], data.classes[scores[i].argmax()]
             axes[name].set_title(f"{truth}, taken for {guess}", fontsize=9, loc="center")
     figure.suptitle(
@@ -131,6 +130,12 @@ def main(settings: Settings, workdir: Workdir) -> None:
         settings.data, settings.data_dir, settings.n_train, settings.n_test, settings.seed,
         centre=False, dtype=np.float32,
     )  # fmt: skip
+    images = data.images_test
+    if images is None:
+        raise InputError(
+            f"--data={settings.data} is a table, and this launcher is for images, (n, height, "
+            "width): nt_deq.sklearn has estimators for tables."
+        )
     W_std, diag_reg = settings.W_std, settings.diag_reg
     tuned = tune(settings, data) if settings.tune else []
     if tuned:
@@ -203,7 +208,7 @@ def main(settings: Settings, workdir: Workdir) -> None:
         ],
         numbers={"measured": measured},
         tables=[table],
-        draw=lambda plt: _draw(data, scores, measured["residuals"], plt),
+        draw=lambda plt: _draw(data, images, scores, measured["residuals"], plt),
     )
 
 

@@ -11,12 +11,14 @@ plain iteration comes to rest. Writes results.json, phase.png and report.md to -
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from scipy import optimize
 
 from nt_deq import theory
 from experiments import launch, report
@@ -110,6 +112,29 @@ def _largest(point: dict[str, Any]) -> float:
     return max(np.inf if rate is None else rate for rate in point["local"])
 
 
+def _crossing(points: list[dict[str, Any]]) -> float | None:
+    """The `W_std` where the largest local rate is 1, between those that were tried.
+
+    `W_std² E[φ'(z*)²] = 1`, with `E[φ'²]` linear in `W_std` from a point to the next, and where it
+    is not known what it was at the point before: of relu it is 1/2 everywhere.
+    """
+    for below, above in itertools.pairwise(points):
+        if _largest(above) >= 1:
+            (low, slope), (high, next_slope) = (
+                (p["W_std"], _largest(p) / p["W_std"] ** 2) for p in (below, above)
+            )
+            step = next_slope - slope if np.isfinite(next_slope) else 0.0
+            if high**2 * (slope + step) < 1:
+                return high  # it is not known there, and far from what it was before
+
+            def excess(W_std, low=low, high=high, slope=slope, step=step):
+                return W_std**2 * (slope + step * (W_std - low) / (high - low)) - 1
+
+            edge: Any = optimize.brentq(excess, low, high)
+            return float(edge)
+    return None
+
+
 def _claims(settings: Settings, found: dict[str, list[dict[str, Any]]]) -> list[report.Claim]:
     claims = []
     for activation, points in found.items():
@@ -128,13 +153,13 @@ def _claims(settings: Settings, found: dict[str, list[dict[str, Any]]]) -> list[
         margin = 4 / settings.width**0.5  # finite networks differ from wide ones by so much
         below = [p for p in points if _largest(p) < 1 - margin]
         above = [p for p in points if _largest(p) > 1 + margin]
-        crossing = next((p["W_std"] for p in points if _largest(p) >= 1), None)
+        crossing = _crossing(points)
         share_below = float(np.mean([p["converged"] for p in below]))
         share_above = float(np.mean([p["converged"] for p in above])) if above else None
         measured = (
             f"It stays below 1 up to W_std = {points[-1]['W_std']:.3g}."
             if crossing is None
-            else f"It reaches 1 at W_std = {crossing:.3g}."
+            else f"It reaches 1 at W_std = {crossing:.4g}."
         )
         measured += (
             f" Where it is below {1 - margin:.2f}, {share_below:.0%} of networks come to rest"

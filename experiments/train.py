@@ -175,10 +175,12 @@ def train(settings: Settings, workdir: Workdir) -> list[dict[str, float]]:
       InputError, TrainingError: the message says why.
     """
     data = load(settings.data, settings.data_dir, settings.n_train, settings.n_test, settings.seed)
-    shape = data.images_test.shape[1:]
+    shape = data.shape
     classifier = make_classifier(settings, shape, len(data.classes))
     run = Run(workdir, _identity(settings, data))
-    workdir.write_json(INPUTS, {"shape": shape, "mean": [*data.mean], "classes": data.classes})
+    scale = None if data.scale is None else [*data.scale]
+    inputs = {"shape": shape, "mean": [*data.mean], "scale": scale, "classes": data.classes}
+    workdir.write_json(INPUTS, inputs)
     schedule = _schedule(settings)
     state, seconds = run.restore(classifier.init())
     step, start = int(state.step), time.perf_counter() - seconds

@@ -36,6 +36,7 @@ class Trained:
       classes: the labels.
       shape: of an image.
       mean: of the training images.
+      scale: what the columns of a table are divided by; `None` of images.
     """
 
     network: EquilibriumNetwork
@@ -43,6 +44,7 @@ class Trained:
     classes: np.ndarray
     shape: tuple[int, ...]
     mean: np.ndarray
+    scale: np.ndarray | None
 
     def __call__(self, images: np.ndarray) -> Array:
         """Returns the outputs, `(n, C)`, whose softmax is probabilities if `loss` is cross_entropy.
@@ -59,7 +61,8 @@ class Trained:
                 f"images have shape {images.shape}; this network was trained on (n, "
                 f"{', '.join(map(str, self.shape))})."
             )
-        x = standardise(images.reshape(len(images), -1).astype(float), self.mean)
+        flat = images.reshape(len(images), -1).astype(float)
+        x = standardise(flat, self.mean, self.scale)
         x = on_device(self.settings, x, self.shape)
         parts = range(0, len(x), EVALUATION_BATCH)
         return jax.numpy.concatenate(
@@ -91,6 +94,12 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     shape, classes = tuple(inputs["shape"]), np.array(inputs["classes"])
     classifier = make_classifier(settings, shape, len(classes))
     params = last_state(path, classifier.init()).params
+    mean, scale = inputs["mean"], inputs.get("scale")
     return Trained(
-        classifier.network(params), settings, classes, shape, np.array(inputs["mean"], float)
+        classifier.network(params),
+        settings,
+        classes,
+        shape,
+        np.array(mean, float),
+        None if scale is None else np.array(scale, float),
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+QUIET = 2.0  # seconds: of what takes no longer nothing is shown
 _SECONDS = 10  # between lines
 
 
@@ -22,9 +23,12 @@ class _Lines:
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
-    """`tqdm(*args, **options)`: a bar on a terminal; in a log, a line every ten seconds."""
+    """`tqdm(*args, **options)`: a bar on a terminal; in a log, a line every ten seconds.
+
+    Of what is done before that nothing is shown.
+    """
     if sys.stderr.isatty():
-        return tqdm(*args, file=sys.stderr, **options)
+        return tqdm(*args, file=sys.stderr, delay=QUIET, **options)
     return tqdm(
         *args, file=_Lines(), mininterval=_SECONDS, delay=_SECONDS, ascii=True, ncols=80, **options
     )

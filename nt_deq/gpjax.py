@@ -1,4 +1,4 @@
-"""Kernels of infinitely wide networks as kernels of GPJax (`pip install "nt-deq[gpjax]"`)."""
+"""Kernels of infinitely wide networks in GPJax (`pip install ".[gpjax]"` in a clone)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import lineax
-from gpjax.kernels import AbstractKernel
-from gpjax.kernels.computations import AbstractKernelComputation
-from gpjax.parameters import val
-from gpjax.typing import Array
+
+from nt_deq._extras import extra
+
+with extra("gpjax"):
+    from gpjax.kernels import AbstractKernel
+    from gpjax.kernels.computations import AbstractKernelComputation
+    from gpjax.parameters import val
+    from gpjax.typing import Array
 
 
 class _Matrices(AbstractKernelComputation):

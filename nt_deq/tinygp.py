@@ -1,4 +1,4 @@
-"""Kernels of infinitely wide networks as kernels of tinygp (`pip install "nt-deq[tinygp]"`)."""
+"""Kernels of infinitely wide networks in tinygp (`pip install ".[tinygp]"` in a clone)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 import equinox as eqx
 import jax
 from jax import Array
-from tinygp.kernels import Kernel
+
+from nt_deq._extras import extra
+
+with extra("tinygp"):
+    from tinygp.kernels import Kernel
 
 
 class StaxKernel(Kernel):

@@ -218,4 +218,6 @@ def test_progress_in_a_log_is_lines(monkeypatch, capsys):
     monkeypatch.setattr(_progress, "_SECONDS", 1000)
     assert work() == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert work() == ""
+    monkeypatch.setattr(_progress, "QUIET", 0)
     assert "\rkernel: 100%" in work()

@@ -57,6 +57,15 @@ def test_a_random_network_is_at_its_equilibrium(activation, tmp_path):
     assert np.median(off / spread) < 2
 
 
+def test_the_edge_is_found_between_the_points_that_were_tried():
+    """Of relu `W_std² E[φ'²]` is `W_std²/2` and known or not beyond 1: the edge is √2."""
+    points = [{"W_std": 1.0, "local": [0.5, 0.5]}, {"W_std": 1.25, "local": [1.25**2 / 2]}]
+    for beyond in (1.5**2 / 2, None):
+        found = phase._crossing([*points, {"W_std": 1.5, "local": [beyond]}])
+        assert found == pytest.approx(2**0.5, rel=1e-6)
+    assert phase._crossing(points) is None
+
+
 def test_blocks_of_networks_are_kept_and_independent_of_their_size(tmp_path, monkeypatch):
     def draw(path):
         settings = random_networks.Settings()

@@ -1,4 +1,4 @@
-"""Images and labels: what is read, how it is split and standardised, what is refused."""
+"""Images and tables: what is read, how it is split and standardised, what is refused."""
 
 import gzip
 import os
@@ -89,13 +89,60 @@ def test_an_npz_file_is_read(tmp_path):
     data = load(str(file), None, 10, 5, seed=0)
     assert data.classes == (7, 8, 9)
     assert data.targets_train.shape == (10, 3)
+    assert load(str(file), None, None, None, seed=0).x_test.shape == (6, 5)
+
+
+def test_a_table_is_standardised_by_its_training_rows(tmp_path):
+    file = tmp_path / "own.npz"
+    own = arrays()
+    units = np.array([1e6, 1.0, 1e-6, 0.0, 1.0])
+    np.savez(file, **own | {"x_train": own["x_train"] * units + 3, "x_test": own["x_test"] * units})
+    data = load(str(file), None, 12, 6, seed=0)
+    np.testing.assert_allclose(data.x_train.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(data.x_train.std(axis=0), [1, 1, 1, 0, 1], rtol=1e-6)
+    moved = load(str(file), None, 12, 3, seed=0)
+    np.testing.assert_array_equal(moved.x_train, data.x_train)
+    assert data.images_test is None
+    assert data.name_of_inputs == "rows"
+
+
+def test_images_of_ones_own_stay_images(tmp_path):
+    file = tmp_path / "own.npz"
+    np.savez(
+        file,
+        **arrays(
+            x_train=np.arange(108.0).reshape(12, 3, 3), x_test=np.arange(54.0).reshape(6, 3, 3)
+        ),
+    )
+    data = load(str(file), None, 12, 6, seed=0)
+    np.testing.assert_allclose(np.linalg.norm(data.x_train, axis=1), 3)
+    assert data.images_test.shape == (6, 3, 3)
+
+
+@pytest.mark.parametrize("outputs", [(), (2,)])
+def test_real_targets_are_standardised_and_must_be_asked_for(tmp_path, outputs):
+    file = tmp_path / "own.npz"
+    rng = np.random.default_rng(0)
+    y_train, y_test = 100 + 50 * rng.normal(size=(12, *outputs)), rng.normal(size=(6, *outputs))
+    np.savez(file, **arrays(y_train=y_train, y_test=y_test))
+    data = load(str(file), None, None, None, seed=0, regression=True)
+    np.testing.assert_allclose(data.targets_train.mean(axis=0), 0, atol=1e-12)
+    np.testing.assert_allclose(data.targets_train.std(axis=0), 1)
+    assert data.targets_test.shape == (6, *(outputs or (1,)))
+    assert data.classes == ()
+    with pytest.raises(InputError, match="this launcher classifies"):
+        load(str(file), None, None, None, seed=0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"x_test": np.ones((6, 4))}, "have to be the same"),
-        ({"y_train": np.ones(12)}, "y_train is float64"),
+        ({"y_train": np.ones(12)}, "y_train is float64 and y_test int64"),
+        ({"y_train": np.arange(12.0), "y_test": np.full(6, np.nan)}, "y_test has NaN"),
+        ({"y_train": np.ones(12), "y_test": np.arange(6.0)}, "y_train is constant"),
+        ({"y_train": np.ones((12, 2)), "y_test": np.arange(6.0)}, "need as many columns"),
+        ({"y_train": np.arange(12), "y_test": np.arange(20, 26)}, "15 different integers in y"),
         ({"y_test": np.arange(5)}, r"shape \(5,\)"),
         ({"x_train": np.full((12, 5), np.nan)}, "x_train has NaN"),
         ({"x_train": np.array(["a"] * 12)}, "x_train is <U1"),
@@ -105,7 +152,7 @@ def test_an_npz_file_that_cannot_be_right(tmp_path, changes, message):
     file = tmp_path / "own.npz"
     np.savez(file, **arrays(**changes))
     with pytest.raises(InputError, match=message):
-        load(str(file), None, 10, 5, seed=0)
+        load(str(file), None, 10, 5, seed=0, regression=True)
 
 
 def test_an_npz_file_that_lacks_arrays(tmp_path):

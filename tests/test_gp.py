@@ -114,6 +114,52 @@ def test_leave_one_out_is_n_fits_to_the_rest(x64):
     assert gp.leave_one_out(*args[:2], y[:, 0], *args[3:]).mean.shape == (12,)
 
 
+def test_weights_are_how_often_a_target_was_observed(x64):
+    """And those that are 0 are as good as not there; one copy of several is left out."""
+    (x, y), x_test = data(8, 2), data(3, seed=5)[0]
+    weights = np.array([1, 3, 0, 1, 2, 0, 1, 1])
+    rows = np.repeat(np.arange(8), weights)
+    args = (make_kernel(POINT), x, y, POINT["noise"])
+    repeated = (args[0], x[rows], y[rows], POINT["noise"])
+
+    found = gp.log_marginal_likelihood(*args, weights=weights)
+    np.testing.assert_allclose(found, gp.log_marginal_likelihood(*repeated), rtol=1e-12)
+    for moment, expected in zip(
+        gp.posterior(*args, x_test, weights=weights), gp.posterior(*repeated, x_test), strict=True
+    ):
+        np.testing.assert_allclose(moment, expected, rtol=1e-9)
+    for moment, expected in zip(
+        gp.leave_one_out(*args, weights=weights), gp.leave_one_out(*repeated), strict=True
+    ):
+        np.testing.assert_allclose(moment[rows], expected, rtol=1e-9)
+    loss = gp.leave_one_out_loss(*args, weights=weights)
+    np.testing.assert_allclose(loss, gp.leave_one_out_loss(*repeated), rtol=1e-10)
+
+
+def test_a_target_of_little_weight_is_left_out_whole(x64):
+    (x, y), weights = data(6), np.array([1, 0.3, 1, 2, 1, 1])
+    args = (make_kernel(POINT), x, y, POINT["noise"])
+    mean, variance = gp.leave_one_out(*args, weights=weights)
+    rest = np.where(np.arange(6) == 1, 0, weights)
+    expected = gp.posterior(*args, x[1:2], weights=rest)
+    np.testing.assert_allclose(mean[1], expected.mean[0], rtol=1e-9)
+    np.testing.assert_allclose(variance[1], expected.variance[0] + POINT["noise"], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("weights", "noise", "message"),
+    [
+        (np.ones(5), 0.1, r"weights have shape \(5,\): 6 inputs need \(6,\)"),
+        (-np.ones(6), 0.1, "weights must be finite, at least 0"),
+        (np.zeros(6), 0.1, "not all 0"),
+        (2 * np.ones(6), 0.0, "need a noise above 0"),
+    ],
+)
+def test_bad_weights_are_refused(weights, noise, message):
+    with pytest.raises(ValueError, match=message):
+        gp.log_marginal_likelihood(make_kernel(POINT), *data(6), noise, weights=weights)
+
+
 @pytest.mark.parametrize("get", [pytest.param("nngp", marks=pytest.mark.slow), "ntk"])
 def test_the_posterior_is_that_of_dense_algebra(x64, get):
     (x, y), (x_test, _) = data(12, 2), data(5, seed=1)

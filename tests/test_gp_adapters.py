@@ -1,5 +1,8 @@
 """The kernel in tinygp and GPJax does what `nt_deq.gp` does."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,3 +94,22 @@ def test_gpjax(x64, get):
     fitted = gp.fit(make_kernel, x, y, {**p, "noise": NOISE}, bounds=bounds, get=get, restarts=0)
     found = gp.log_marginal_likelihood(make_kernel(best), x, y, noise, get)
     np.testing.assert_allclose(-found, fitted.loss, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("module", "missing"), [("sklearn", "sklearn"), ("tinygp", "tinygp"), ("gpjax", "gpjax")]
+)
+def test_a_missing_library_is_named_with_how_to_install_it(tmp_path, module, missing):
+    """As a user meets it, who has the package without its extras."""
+    program = f"""
+import sys
+sys.modules[{missing!r}] = None  # as if it were not installed
+import nt_deq.{module}
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 1
+    last = found.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: nt_deq.{module} needs {missing}")
+    assert last.endswith(f'python -m pip install ".[{module}]"')

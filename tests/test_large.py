@@ -17,7 +17,7 @@ from sklearn.kernel_ridge import KernelRidge
 
 import nt_deq
 from nt_deq import KernelRegression, stax
-from nt_deq.large import NotPositiveDefiniteError, StoreError, cg, cholesky, layout
+from nt_deq.large import NotPositiveDefiniteError, StoreError, cg, cholesky, layout, regression
 from nt_deq.large.layout import Layout
 from nt_deq.large.matrix import InMemory, KernelTiles
 from nt_deq.large.nystrom import Nystrom
@@ -436,3 +436,12 @@ def test_a_mesh_of_one_device(data):
     np.testing.assert_array_equal(
         fit(data, method="cg", mesh=mesh).predict(data[2]), fit(data, method="cg").predict(data[2])
     )
+
+
+def test_what_takes_a_moment_is_silent(data, capsys, monkeypatch):
+    monkeypatch.setattr(regression, "QUIET", 60.0)  # on a busy machine too
+    fit(data, progress=True)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(regression, "QUIET", 0.0)
+    fit(data, progress=True)
+    assert "120 inputs by" in capsys.readouterr().err

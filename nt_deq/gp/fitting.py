@@ -80,6 +80,7 @@ def fit(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     get: Get = "nngp",
     loss: Loss = "marginal_likelihood",
+    weights: Any = None,
     restarts: int = 3,
     seed: int = 0,
     max_steps: int = 200,
@@ -107,6 +108,7 @@ def fit(
         there is none, the positive numbers.
       get: which kernel is the covariance, `'nngp'` or `'ntk'`.
       loss: what is minimised: `'marginal_likelihood'` (minus its logarithm), or `'leave_one_out'`.
+      weights: how many observations each target stands for, `(n,)`; `None` is one each.
       restarts: further starts, at least 0. A likelihood may have several maxima.
       seed: of the starts.
       max_steps: of BFGS, from each start, at least 1.
@@ -126,13 +128,15 @@ def fit(
     _checks.count("max_steps", max_steps)
     intervals = _intervals(start, bounds or {})
     x, y = data(x, y)
+    weights = jnp.ones(len(x), x.dtype) if weights is None else jnp.asarray(weights, x.dtype)
     first = np.array([_unconstrain(start[name], *interval) for name, *interval in intervals])
     jumps = np.random.default_rng(seed).normal(size=(restarts, len(first)))
     places = np.concatenate([first[None], first + _SPREAD * jumps])
 
     def evaluate(u):
         """Loss and gradient for one number of `y`, which are of the order of 1; or infinity."""
-        found = _evaluate(make_kernel, intervals, get, loss, jnp.asarray(u, x.dtype), x, y)
+        u = jnp.asarray(u, x.dtype)
+        found = _evaluate(make_kernel, intervals, get, loss, u, x, y, weights)
         value, gradient = (np.asarray(a, np.float64) / y.size for a in found)
         finite = np.isfinite(value) and np.isfinite(gradient).all()
         return (float(value), gradient) if finite else (np.inf, np.zeros_like(gradient))
@@ -160,7 +164,8 @@ def fit(
     losses = y.size * np.array([end.fun for end in ends])
     best = ends[int(losses.argmin())]
     if not np.isfinite(best.fun):
-        _LOSSES[loss](make_kernel(dict(start)), x, y, start["noise"], get)  # says what is wrong
+        # Which says what is wrong:
+        _LOSSES[loss](make_kernel(dict(start)), x, y, start["noise"], get, weights)
         raise ValueError(f"loss or gradient is not finite at start={dict(start)}.")
     found = {name: float(v) for name, v in _parameters(intervals, best.x).items()}
     return Fit(
@@ -181,12 +186,12 @@ _Interval = tuple[str, float, float]  # name, lower, upper
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _evaluate(make_kernel, intervals, get, loss, u, x, y):
+def _evaluate(make_kernel, intervals, get, loss, u, x, y, weights):
     """The loss, and its gradient in the unconstrained coordinates `u (p,)`."""
 
     def objective(u):
         p = _parameters(intervals, u)
-        return _LOSSES[loss](make_kernel(p), x, y, p["noise"], get)
+        return _LOSSES[loss](make_kernel(p), x, y, p["noise"], get, weights)
 
     return jax.value_and_grad(objective)(u)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.scipy.linalg import cho_solve, solve_triangular
+from jax.scipy.special import xlogy
 
 from nt_deq import _checks
 from nt_deq.kernel import Get, NotPositiveDefiniteError
@@ -30,9 +31,18 @@ class Prediction(NamedTuple):
 
 
 def log_marginal_likelihood(
-    kernel_fn: KernelFn, x: Any, y: Any, noise: float | Array, get: Get = "nngp"
+    kernel_fn: KernelFn,
+    x: Any,
+    y: Any,
+    noise: float | Array,
+    get: Get = "nngp",
+    weights: Any = None,
 ) -> Array:
     """Computes `log N(y | 0, K + noise)`, in nats, summed over outputs (GPML eq. 2.30).
+
+    With weights it is the likelihood of every `y_i` observed `weights_i` times:
+
+        log N(y | 0, K + noise/w) - Σᵢ [(wᵢ - 1) log(2π noise) + log wᵢ] / 2   for each output.
 
     Args:
       kernel_fn: any stax `kernel_fn(x1, x2, get)`, ours or not.
@@ -40,6 +50,8 @@ def log_marginal_likelihood(
       y: targets with mean zero, `(n,)` or `(n, C)`: the outputs are independent and share `K`.
       noise: variance of the observation noise, `>= 0`; may be traced.
       get: which kernel is the covariance, `'nngp'` or `'ntk'`.
+      weights: how many observations each target stands for, `(n,)`, real numbers `>= 0`; `None`
+        is one each. A target with weight 0 is not there.
 
     Returns:
       A scalar.
@@ -49,41 +61,67 @@ def log_marginal_likelihood(
       NoEquilibriumError, NotConvergedError: by `kernel_fn` (likewise).
       ValueError: an argument cannot be right; the message says why.
     """
-    _, y, covariance = _problem(kernel_fn, x, y, noise, get)
+    _, y, covariance, counts = _problem(kernel_fn, x, y, noise, get, weights)
     value = _log_normal(covariance, y)
+    if weights is not None:
+        there = counts > 0
+        more = jnp.sum(jnp.where(there, counts - 1, 0))
+        # A target that is not there has variance 1, and adds -log √(2π) for each output.
+        constant = xlogy(more, noise) + (more - jnp.sum(~there)) * jnp.log(2 * jnp.pi)
+        value -= y.shape[1] * constant / 2
     _check_definite(value, covariance, noise, get)
     return value
 
 
 def leave_one_out(
-    kernel_fn: KernelFn, x: Any, y: Any, noise: float | Array, get: Get = "nngp"
+    kernel_fn: KernelFn,
+    x: Any,
+    y: Any,
+    noise: float | Array,
+    get: Get = "nngp",
+    weights: Any = None,
 ) -> Prediction:
     """Predicts every `y_i` from all others, at the price of one fit (GPML eq. 5.12).
 
-    Arguments and errors are those of `log_marginal_likelihood`.
+    Arguments and errors are those of `log_marginal_likelihood`. Of a target with a weight above 1
+    one observation is left out, and the others of it stay.
 
     Returns:
       Mean and variance of `y_i`, noise included, given the other targets.
     """
     shape = np.shape(y)
-    _, y, factor = _factorise(kernel_fn, x, y, noise, get)
+    _, y, factor, counts = _factorise(kernel_fn, x, y, noise, get, weights)
     inverse = cho_solve((factor, True), jnp.eye(len(y), dtype=y.dtype))
-    variance = 1 / jnp.diagonal(inverse)
-    mean = y - variance[:, None] * jnp.matmul(inverse, y, precision="highest")
-    return Prediction(mean.reshape(shape), variance)
+    weighted = jnp.matmul(inverse, y, precision="highest")
+    precision = jnp.diagonal(inverse)
+    if weights is None:
+        mean = y - weighted / precision[:, None]
+        return Prediction(mean.reshape(shape), 1 / precision)
+    counts = jnp.where(counts > 0, counts, 1)
+    root, left_out = jnp.sqrt(counts)[:, None], jnp.minimum(counts, 1)
+    stays = jnp.where(counts > 1, (counts - 1) / noise, 0)
+    scale = 1 / (left_out * (precision + stays))
+    mean = y / root - root * weighted * scale[:, None]
+    return Prediction(mean.reshape(shape), noise + (1 - noise * precision) * scale)
 
 
 def leave_one_out_loss(
-    kernel_fn: KernelFn, x: Any, y: Any, noise: float | Array, get: Get = "nngp"
+    kernel_fn: KernelFn,
+    x: Any,
+    y: Any,
+    noise: float | Array,
+    get: Get = "nngp",
+    weights: Any = None,
 ) -> Array:
-    """Computes `-Σᵢ log p(y_i | x, y_{-i})`, in nats, summed over outputs (GPML eq. 5.10, 5.11).
+    """Computes `-Σᵢ wᵢ log p(y_i | x, y_{-i})`, in nats, over all outputs (GPML eq. 5.10, 5.11).
 
     Against a wrong model it is the more robust criterion of the two (GPML sec. 5.4.2). Arguments
     and errors are those of `log_marginal_likelihood`.
     """
-    mean, variance = leave_one_out(kernel_fn, x, y, noise, get)
+    mean, variance = leave_one_out(kernel_fn, x, y, noise, get, weights)
     error = (jnp.asarray(y, mean.dtype) - mean).reshape(len(variance), -1)
-    return jnp.sum(error**2 / variance[:, None] + jnp.log(2 * jnp.pi * variance)[:, None]) / 2
+    losses = (error**2 / variance[:, None] + jnp.log(2 * jnp.pi * variance)[:, None]) / 2
+    return jnp.sum(losses if weights is None else jnp.asarray(weights)[:, None] * losses)
 
 
 def posterior(
@@ -93,6 +131,7 @@ def posterior(
     noise: float | Array,
     x_test: Any,
     get: Get = "nngp",
+    weights: Any = None,
 ) -> Prediction:
     """Predicts `f` at other inputs (GPML eq. 2.25, 2.26).
 
@@ -106,16 +145,18 @@ def posterior(
       noise: variance of the observation noise, `>= 0`; may be traced.
       x_test: other inputs, `(m, ...)`.
       get: which kernel is the covariance, `'nngp'` or `'ntk'`.
+      weights: how many observations each target stands for, `(n,)`; `None` is one each.
 
     Returns:
       Mean and variance of `f`; add `noise` to the variance for that of a new observation.
     """
     shape = np.shape(y)[1:]
-    x, y, factor = _factorise(kernel_fn, x, y, noise, get)
+    x, y, factor, counts = _factorise(kernel_fn, x, y, noise, get, weights)
     x_test = jnp.asarray(x_test, x.dtype)
     if x_test.shape[1:] != x.shape[1:]:
         raise ValueError(f"x_test has inputs of shape {x_test.shape[1:]}, and x {x.shape[1:]}.")
-    whitened = solve_triangular(factor, _matrix(kernel_fn, x, x_test, get), lower=True)
+    covariance = jnp.sqrt(counts)[:, None] * _matrix(kernel_fn, x, x_test, get)
+    whitened = solve_triangular(factor, covariance, lower=True)
     mean = jnp.matmul(whitened.T, solve_triangular(factor, y, lower=True), precision="highest")
     variance = variances(kernel_fn, x_test, get) - jnp.sum(whitened**2, axis=0)
     return Prediction(mean.reshape(len(x_test), *shape), jnp.maximum(variance, 0))
@@ -146,22 +187,44 @@ def _matrix(kernel_fn: KernelFn, x1: Array, x2: Array | None, get: str) -> Array
     return kernel
 
 
-def _problem(kernel_fn, x, y, noise, get) -> tuple[Array, Array, Array]:
-    """The data, and `K + noise`."""
+def _problem(kernel_fn, x, y, noise, get, weights) -> tuple[Array, Array, Array, Array]:
+    """The data as if each target were one observation, their covariance, and the weights.
+
+    `N(y | 0, K + noise/w)` is, but for a constant, `N(√w y | 0, √w K √w + noise)`. A target that is
+    not there is one of 0, with variance 1, and independent of all others.
+    """
     _checks.kernel_name(get)
     if np.ndim(noise) or not (_checks.is_traced(noise) or 0 <= noise < np.inf):
-        raise ValueError(f"noise={noise} has to be a variance: one finite number of at least 0.")
+        raise ValueError(f"noise={noise} must be a variance: one finite number of at least 0.")
     x, y = data(x, y)
-    kernel = _matrix(kernel_fn, x, None, get)
-    return x, y, kernel + noise * jnp.eye(len(x), dtype=x.dtype)
+    weights = _weights(weights, noise, len(x), x.dtype)
+    root = jnp.sqrt(weights)
+    kernel = root[:, None] * root * _matrix(kernel_fn, x, None, get)
+    covariance = kernel + jnp.diag(jnp.where(weights > 0, noise, 1))
+    return x, root[:, None] * y, covariance, weights
 
 
-def _factorise(kernel_fn, x, y, noise, get) -> tuple[Array, Array, Array]:
-    """The data, and the Cholesky factor of `K + noise`."""
-    x, y, covariance = _problem(kernel_fn, x, y, noise, get)
+def _weights(weights, noise, n, dtype) -> Array:
+    if weights is None:
+        return jnp.ones(n, dtype)
+    weights = jnp.asarray(weights, dtype)
+    if weights.shape != (n,):
+        raise ValueError(f"weights have shape {weights.shape}: {n} inputs need ({n},).")
+    if _checks.is_traced(weights, noise):
+        return weights
+    if not (jnp.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise ValueError("weights must be finite, at least 0, and not all 0.")
+    if noise == 0 and not ((weights == 0) | (weights == 1)).all():
+        raise ValueError("weights other than 0 and 1 need a noise above 0, which they divide.")
+    return weights
+
+
+def _factorise(kernel_fn, x, y, noise, get, weights) -> tuple[Array, Array, Array, Array]:
+    """Like `_problem`, with the Cholesky factor of the covariance in the place of it."""
+    x, y, covariance, weights = _problem(kernel_fn, x, y, noise, get, weights)
     factor = jnp.linalg.cholesky(covariance)
     _check_definite(factor, covariance, noise, get)
-    return x, y, factor
+    return x, y, factor, weights
 
 
 def _check_definite(found, covariance, noise, get) -> None:
@@ -171,10 +234,12 @@ def _check_definite(found, covariance, noise, get) -> None:
     if not jnp.isfinite(covariance).all():
         raise ValueError(f"kernel_fn(x, None, {get!r}) is NaN or infinite: look at it there.")
     unit = float(jnp.finfo(covariance.dtype).eps) * float(jnp.trace(covariance))
+    remedies = [f"take a noise of more than about {unit:.1g}", "drop inputs that are there twice"]
+    if covariance.dtype == jnp.float32:
+        remedies.append("compute in float64: jax.config.update('jax_enable_x64', True)")
     raise NotPositiveDefiniteError(
         f"K + noise is not positive definite to rounding in {covariance.dtype} with "
-        f"noise={noise}; take a noise of more than about {unit:.1g}, drop inputs that are there "
-        "twice, or compute in float64: jax.config.update('jax_enable_x64', True)."
+        f"noise={noise}; {', '.join(remedies[:-1])}, or {remedies[-1]}."
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nt_deq import _checks
+from nt_deq._progress import QUIET
 from nt_deq.kernel import Get
 from nt_deq.large import cg
 from nt_deq.large.cholesky import Cholesky
@@ -56,7 +57,8 @@ class KernelRegression:
       tol: relative residual of 'cg', of every output.
       memory: bytes that the fit may take; `None` is what is available.
       seed: of the landmarks.
-      progress: whether to say, on stderr, what is going on.
+      progress: whether to say, on stderr, what is going on, of fits that take longer than a
+        moment.
       settings: what `kernel_fn` was made of, such as `{'W_std': 0.8}`, as JSON has it: an error
         about a store with another kernel then says which of them differ.
 
@@ -160,7 +162,8 @@ class KernelRegression:
             seconds = time_tile(compute, targets.shape[1])
             total = estimate_seconds(self.plan_, layout, targets.shape[1], *seconds)
             self.plan_ = dataclasses.replace(self.plan_, seconds=total)
-            self._tell(f"{len(x)} inputs by {self.plan_}")
+            if total > QUIET:
+                self._tell(f"{len(x)} inputs by {self.plan_}")
 
             self.solution_, self._factor, self._targets = None, None, targets
             if self.plan_.method == "cholesky":
@@ -171,9 +174,11 @@ class KernelRegression:
                 self._prepare(compute, diagonal, store)
                 self.solution_ = self._solve_cg(targets, self.progress)
                 self.coefficients_ = layout.gather(self.solution_.value)[: layout.n]
-                self._tell(
-                    f"{self.solution_.steps} steps, relative residual {self.solution_.residual:.1e}"
-                )
+                if total > QUIET:
+                    self._tell(
+                        f"{self.solution_.steps} steps, relative residual "
+                        f"{self.solution_.residual:.1e}"
+                    )
         return self
 
     def predict(self, x: Any, return_std: bool = False) -> Any:

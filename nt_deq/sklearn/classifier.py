@@ -1,0 +1,74 @@
+"""Classification by the Gaussian process of an infinitely deep and wide network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.base import ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import validate_data
+
+from nt_deq.gp.calibration import calibrate, log_probabilities
+from nt_deq.sklearn import programs
+from nt_deq.sklearn.process import FLOATS, DEQProcess, observed
+
+
+class DEQClassifier(ClassifierMixin, DEQProcess):
+    """Classification by the Gaussian process of an infinitely deep and wide network.
+
+    Least-squares classification (Rasmussen & Williams 2006, sec. 6.5): regression on targets 1 for
+    the class and `-1/(C - 1)` for every other, and from mean `μ_c` and variance `σ²` of the output
+    of a class the probability
+
+        p_c ∝ Φ((α μ_c + β)/√(1 + α² σ²))
+
+    (eq. 6.43, which for two classes is normalised as it is), with the `α` and `β` for which the
+    leave-one-out predictions of the training labels are the most probable.
+
+    Args and attributes are those of `DEQRegressor`, and
+
+    Attributes:
+      classes_: sorted labels.
+      calibration_: `(α, β)`.
+    """
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> DEQClassifier:
+        """Fits.
+
+        Args:
+          X: inputs, `(n, d)`.
+          y: labels, `(n,)`.
+          sample_weight: how many observations each row stands for, `(n,)`, real numbers of at least
+            0: `noise` is divided by them. `None` is one each.
+
+        Raises:
+          ValueError, RuntimeError: those of `nt_deq.gp.log_marginal_likelihood`.
+        """
+        X, y = validate_data(self, X, y, dtype=FLOATS)
+        check_classification_targets(y)
+        X, y, weights = observed(X, y, sample_weight)
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        count = len(self.classes_)
+        if count < 2:
+            raise ValueError(f"y has one class, {self.classes_[0]!r}; two or more are needed.")
+        targets = (count * np.eye(count)[labels] - 1) / (count - 1)
+        rows = self._fit_process(X, targets[:, 1:] if count == 2 else targets, weights)
+        with programs.exactly():
+            mean, variance = (a[: len(rows)] for a in self._evaluate(programs.leave_one_out))
+        variance = np.maximum(variance - self.hyperparameters_["noise"], 0)
+        self.calibration_ = calibrate(mean, variance, labels[rows], weights[rows])
+        return self
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Returns the logarithm of `predict_proba(X)`, `(m, C)`."""
+        return log_probabilities(*self._predict_process(X), *self.calibration_)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Returns the probability of every one of `classes_`, `(m, C)`."""
+        return np.exp(self.predict_log_proba(X))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Returns the most probable labels, `(m,)`."""
+        most_probable = self.predict_log_proba(X).argmax(axis=1)
+        return self.classes_[most_probable]

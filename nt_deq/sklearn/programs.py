@@ -1,0 +1,129 @@
+"""Compiled functions of the process, and data padded to the shapes that they are compiled for.
+
+Cross-validation fits to data of many sizes. A few shapes have all of them: a filling row is an
+observation with weight 0, and a filling feature is 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from nt_deq import gp, stax
+from nt_deq._compat import enable_x64
+from nt_deq.activations import Activation
+
+LENGTH_SCALE = "length_scale_{}"  # of feature number {}, where each has its own
+
+
+class Problem(NamedTuple):
+    """Padded data in float64: inputs, targets `(n, C)`, and how often each was observed."""
+
+    x: np.ndarray
+    y: np.ndarray
+    weights: np.ndarray
+
+
+@contextlib.contextmanager
+def exactly() -> Iterator[None]:
+    """Computes in float64, and with one thread of OpenBLAS.
+
+    So few rows need no more. OpenBLAS' threads wait for each other in a loop, which on a busy
+    machine takes a hundred times as long as what they compute.
+    """
+    with enable_x64(True), threadpool_limits(1, user_api="blas"):
+        yield
+
+
+def pad_inputs(x: np.ndarray) -> np.ndarray:
+    """Pads `(n, d)` to a power of two from 32 to 256 rows, or beyond to a multiple of 128."""
+    n, d = x.shape
+    rows = max(32, 1 << (n - 1).bit_length()) if n <= 256 else -(-n // 128) * 128
+    features = -(-d // 8) * 8
+    x = np.asarray(x, np.float64) * (features / d) ** 0.5  # keeps x·x'/d
+    x = np.pad(x, ((0, 0), (0, features - d)))
+    return np.pad(x, ((0, rows - n), (0, 0)), mode="edge")
+
+
+def pad(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> Problem:
+    """Pads inputs `(n, d)`, targets `(n, C)` and weights `(n,)`."""
+    x = pad_inputs(x)
+    more = len(x) - len(y)
+    return Problem(x, np.pad(y, ((0, more), (0, 0))), np.pad(weights, (0, more)))
+
+
+def flat(hyperparameters: Mapping[str, Any]) -> dict[str, float]:
+    """Hyper-parameters one by one: length scales of their own are `length_scale_0` and so on."""
+    found = dict(hyperparameters)
+    if np.ndim(found["length_scale"]):
+        found |= {LENGTH_SCALE.format(i): v for i, v in enumerate(found.pop("length_scale"))}
+    return {name: float(value) for name, value in found.items()}
+
+
+def nested(values: Mapping[str, float]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    if "length_scale" in values:
+        return dict(values)
+    own = [name for name in values if name.startswith("length_scale_")]
+    found = {name: value for name, value in values.items() if name not in own}
+    scales = [values[LENGTH_SCALE.format(i)] for i in range(len(own))]
+    return found | {"length_scale": np.array(scales)}
+
+
+def network(activation: Activation, p: Mapping[str, Any]) -> Callable[..., Any]:
+    """The stax `kernel_fn` of inputs that are scaled already."""
+    layer = stax.DEQ(1, p["W_std"], p["U_std"], p["b_std"], activation)
+    return stax.serial(layer, stax.Dense(1, p["V_std"]))[2]
+
+
+def length_scales(p: Mapping[str, Any], features: int) -> Any:
+    """The length scale of each of so many features, 1 of filling ones, or the one of all."""
+    if "length_scale" in p:
+        return p["length_scale"]
+    names = map(LENGTH_SCALE.format, range(features))
+    return jnp.stack([jnp.asarray(p.get(name, 1.0), float) for name in names])
+
+
+@lru_cache(maxsize=128)  # the same function again is a program that is compiled already
+def make_kernel(activation: Activation, fixed: tuple[tuple[str, float], ...] = ()) -> Callable:
+    """Makes a `kernel_fn` of flat hyper-parameters, besides those that are fixed."""
+
+    def make(p):
+        p = {**p, **dict(fixed)}
+        kernel_fn = network(activation, p)
+
+        def scaled(x1, x2, get):
+            scale = length_scales(p, x1.shape[1])
+            return kernel_fn(x1 / scale, None if x2 is None else x2 / scale, get)
+
+        return scaled
+
+    return make
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def likelihood(make, get, p, problem):
+    """`gp.log_marginal_likelihood` of a problem."""
+    x, y, weights = problem
+    return gp.log_marginal_likelihood(make(p), x, y, p["noise"], get, weights)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def leave_one_out(make, get, p, problem):
+    """`gp.leave_one_out` of a problem."""
+    x, y, weights = problem
+    return gp.leave_one_out(make(p), x, y, p["noise"], get, weights)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def posterior(make, get, p, problem, x_test):
+    """`gp.posterior` at padded inputs."""
+    x, y, weights = problem
+    return gp.posterior(make(p), x, y, p["noise"], x_test, get, weights)
