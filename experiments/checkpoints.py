@@ -37,7 +37,11 @@ class Run:
         self._workdir = workdir
         self._metrics = workdir.path / METRICS
         self._claim(json.loads(json.dumps(identity)))
-        self._checkpoints = _manager(workdir.path)
+        self._checkpoints = ocp.CheckpointManager(
+            (workdir.path / CHECKPOINTS).resolve(),
+            # Not in the background: the next step overwrites the buffers that are being written.
+            options=ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False),
+        )
 
     def _claim(self, identity: dict[str, dict[str, Any]]) -> None:
         path = self._workdir.path
@@ -75,10 +79,17 @@ class Run:
         if step is None:
             self._truncate(0)
             return state, 0.0
-        state, progress = _restore(self._checkpoints, step, state)
+        restored = self._checkpoints.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(state),  # pyright: ignore[reportCallIssue]
+                progress=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
+            ),
+        )
+        progress = restored["progress"]
         self._truncate(progress["metrics_bytes"])
         self._keep(step)
-        return state, progress["seconds"]
+        return restored["state"], progress["seconds"]
 
     def plan(self, step: int, epochs: int) -> int:
         """Writes down that the run has so many epochs, from `step` on.
@@ -144,29 +155,8 @@ def last_state(path: Path, state: Tree) -> Tree:
     Raises:
       InputError: there is no checkpoint.
     """
-    manager = _manager(path, read_only=True)
-    step = manager.latest_step()
-    if step is None:
+    steps = [int(f.name) for f in (path / CHECKPOINTS).glob("*") if f.name.isdigit()]
+    if not steps:
         raise InputError(f"{path} has no checkpoint of experiments.train yet.")
-    return _restore(manager, step, state)[0]
-
-
-def _manager(path: Path, read_only: bool = False) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else 1,
-        read_only=read_only,
-        # Not in the background: the next step overwrites the buffers that are being written.
-        enable_async_checkpointing=False,
-    )
-    return ocp.CheckpointManager((path / CHECKPOINTS).resolve(), options=options)
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, state: Tree) -> tuple[Tree, dict[str, Any]]:
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(state),  # pyright: ignore[reportCallIssue]
-            progress=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
-        ),
-    )
-    return restored["state"], restored["progress"]
+    last = (path / CHECKPOINTS / str(max(steps)) / "state").resolve()
+    return ocp.StandardCheckpointer().restore(last, state)

@@ -1,14 +1,15 @@
 """Trains a deep equilibrium classifier on images, by minibatches, in Flax with optax.
 
 Writes to the directory --workdir: metrics.jsonl (a line an epoch, or every --log_every steps),
-checkpoints/ (the last one, by orbax) and run.json (what the run depends on). The same command goes
-on where a killed one was, and ends with the same parameters and metrics to the last bit. With more
---epochs it goes on where the last command ended; a cosine schedule is from there on that of the new
-number, so that the step size jumps up again, and what was done before stays as it is.
+curve.png (of these, at the end), checkpoints/ (the last one, by orbax) and run.json (what the run
+depends on). The same command goes on where a killed one was, and ends with the same parameters and
+metrics to the last bit. With more --epochs it goes on where the last command ended; a cosine
+schedule is from there on that of the new number, so that the step size jumps up again, and what was
+done before stays as it is.
 
     python -m experiments.train --workdir=out/train
     python -m experiments.train --workdir=out/mnist --network=conv --data=mnist --data_dir=MNIST \
-      --n_train=60000 --n_test=10000 --batch_size=128 --shift=1 --epochs=10
+      --n_train=60000 --n_test=10000 --batch_size=128 --shift=1 --warmup_steps=100 --epochs=8
 
 experiments.trained.load(workdir) is the network that the last checkpoint holds, to predict with.
 
@@ -42,7 +43,7 @@ from jax import Array
 from optax import Schedule
 
 from nt_deq import NoEquilibriumError, activations
-from experiments import launch
+from experiments import launch, training_curve
 from experiments.checkpoints import Run
 from experiments.classifier import LOSSES, Classifier, make_optimizer, make_schedule
 from experiments.conv_network import ConvNetwork
@@ -50,7 +51,7 @@ from experiments.data import Dataset, DataSettings, load
 from experiments.errors import InputError, TrainingError
 from experiments.launch import flag
 from experiments.network import Architecture, Network
-from experiments.report import console_table
+from experiments.report import console_table, figure_style
 from experiments.workdir import Workdir, fingerprint, versions
 from nt_deq._progress import progress_bar
 from nt_deq.adjoints import MAX_STEPS
@@ -326,7 +327,10 @@ def _check(finite: bool, settings: Settings, step: int, where: str) -> None:
 
 
 def main(settings: Settings, workdir: Workdir) -> None:
-    """Trains, and prints the last lines of metrics."""
+    """Trains, draws the metrics, and prints the last lines of them."""
+    metrics = train(settings, workdir)
+    with figure_style() as plt:
+        workdir.write_figure("curve.png", training_curve.draw(plt, metrics))
     header = ("epoch", "train loss", "train acc.", "test loss", "test acc.", "layers", "seconds")
     rows = [
         (
@@ -338,10 +342,10 @@ def main(settings: Settings, workdir: Workdir) -> None:
             f"{line['equilibrium_steps']}",
             f"{line['seconds']:.1f}",
         )
-        for line in train(settings, workdir)[-10:]
+        for line in metrics[-10:]
     ]
     print(console_table(header, rows))
-    print(f"\nSee {workdir.path / 'metrics.jsonl'} and checkpoints/ beside it.")
+    print(f"\nSee {workdir.path / 'curve.png'}, and metrics.jsonl and checkpoints/ beside it.")
 
 
 if __name__ == "__main__":

@@ -213,6 +213,14 @@ def test_the_metrics_that_it_writes(run):
     assert last_checkpoint(run)[0] == "6"
 
 
+def test_it_prints_and_draws_them(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    train.main(TINY, Workdir(tmp_path))
+    last = lines(run)[-1]
+    assert f"{last['test_accuracy']:.2%}" in capsys.readouterr().out
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_how_often_it_writes_changes_no_step(run, tmp_path):
     often = dataclasses.replace(TINY, log_every=1, checkpoint_every=1)
     losses = [line["train_loss"] for line in train.train(often, Workdir(tmp_path))]
