@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from types import MappingProxyType
@@ -106,10 +107,15 @@ def _from_function(fn: Callable[[Array], Array]) -> Activation:
     for known in activations.values():
         if known.fn is fn:
             return known
+    # It may be seen first under a transformation; in a thread of its own none is under way.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_examine, fn).result()
+
+
+def _examine(fn: Callable[[Array], Array]) -> Activation:
     name = getattr(fn.func if isinstance(fn, partial) else fn, "__name__", repr(fn))
-    with jax.ensure_compile_time_eval():  # it may be seen first under jax.jit
-        hermite.check_elementwise(name, fn)
-        return _recognise(fn) or smooth(name, fn, hermite.check(name, fn))
+    hermite.check_elementwise(name, fn)
+    return _recognise(fn) or smooth(name, fn, hermite.check(name, fn))
 
 
 def _recognise(fn: Callable[[Array], Array]) -> Activation | None:
