@@ -166,7 +166,10 @@ class Conv(_Linear):
       padding: `'SAME'` (zeros), `'CIRCULAR'` (a torus), which keep the shape, or `'VALID'`.
       W_std: standard deviation of the weights.
       b_std: standard deviation of the biases; `None` for none.
-      parameterization, spectral_bound, dtype, param_dtype: as of `Dense`.
+      parameterization: `'ntk'` or `'standard'`, as of `Dense`.
+      spectral_bound: a bound of the norm, as of `Dense`, of the map of images.
+      dtype: of the product, as of `Dense`.
+      param_dtype: of the parameters, as of `Dense`.
       rngs: draws `W` and `b` from its stream `params`.
 
     Raises:
