@@ -492,5 +492,5 @@ def test_it_learns_mnist(tmp_path):
 
 @pytest.mark.slow
 def test_a_convolutional_network_learns_the_digits(tmp_path):
-    settings = Settings(network="conv", epochs=12, warmup_steps=20, shift=1)
+    settings = Settings(network="conv", epochs=12, warmup_steps=20)
     assert train.train(settings, Workdir(tmp_path))[-1]["test_accuracy"] > 0.97
