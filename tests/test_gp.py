@@ -305,7 +305,7 @@ def test_images_and_networks_without_a_readout():
     ("change", "message"),
     [
         ({"y": np.zeros(4)}, r"y has shape \(4,\): 5 inputs need targets"),
-        ({"x": np.full((5, 3), np.nan)}, "x has NaN"),
+        ({"x": np.full((5, 3), np.nan)}, "NaN or infinite values in 5 rows of x "),
         ({"start": {"W_std": 1.0}}, "has no 'noise'"),
         ({"start": {**POINT, "b_std": 0.0}}, r"start\['b_std'\]=0.0 .* leave it out"),
         ({"bounds": {"W_std": (0, 0.5)}}, r"start\['W_std'\]=0.9 .* \(0.0, 0.5\)"),
