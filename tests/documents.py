@@ -94,7 +94,10 @@ def _check_finite(namespace: dict) -> None:
     import jax
     import numpy as np
 
+    # Python's own names hold other things: __warningregistry__ is no tree.
     for name, value in namespace.items():
+        if name.startswith("__"):
+            continue
         for leaf in jax.tree.leaves(value):
             if isinstance(leaf, jax.Array | np.ndarray) and np.issubdtype(leaf.dtype, np.inexact):
                 assert np.isfinite(leaf).all(), f"{name} is {leaf}"
