@@ -42,10 +42,10 @@ lint: .venv/.types
 # optimisation, at the sizes shown and at others. Material announces its successor at every start.
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
-	$(RUN) $(PYTEST) tests/test_docs.py tests/test_readme.py
+	$(RUN) $(PYTEST) tests/docs/test_docs.py tests/docs/test_readme.py
 
 notebooks: .venv/.notebooks
-	$(RUN) $(PYTEST) tests/test_notebooks.py
+	$(RUN) $(PYTEST) tests/docs/test_notebooks.py
 
 # The wheel, made of the sdist and installed into an empty environment, works there; with pip alone too,
 # and without TensorFlow.

@@ -23,7 +23,7 @@ import numpy as np
 
 from nt_deq import nt, stax
 from benchmarks import _measure
-from nt_deq.fixed_point import solve_fixed_point, unreversed
+from nt_deq.kernels.cell import solve_fixed_point, unreversed
 
 CASES = ((16, 8, False), (16, 8, True), (32, 16, False), (32, 16, True))
 SMALL = ((4, 4, False), (4, 4, True))

@@ -91,7 +91,7 @@ class Method:
 def ours(problem: Problem) -> Method:
     """`nt_deq.flax.DEQ`, as it comes, under `jax.jit`."""
     width = problem.W.shape[0]
-    activation = nt_deq.activations[problem.activation]
+    activation = nt_deq.activations.ACTIVATIONS[problem.activation]
     x = jnp.asarray(problem.x)
 
     def model(activation):

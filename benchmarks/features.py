@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from nt_deq import large, stax  # isort: split
+from nt_deq import regression, stax  # isort: split
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +32,19 @@ KINDS = ("nystrom", "sketch", "both")
 KERNEL_FN = stax.serial(stax.DEQ(1, **SETTING), stax.Dense(1, V_STD))[2]
 
 
-def make(kind: str, size: int, x_train: np.ndarray) -> large.Features:
+def make(kind: str, size: int, x_train: np.ndarray) -> regression.Features:
     """`size` features of a kind; landmarks are the first training inputs, drawn at random."""
     d, key = x_train.shape[1], jax.random.key(0)
     if kind == "nystrom":
-        return large.NystromFeatures(KERNEL_FN, x_train[:size])
-    series = large.deq_series(1 if kind == "both" else DEGREE, V_std=V_STD, **SETTING)
+        return regression.NystromFeatures(KERNEL_FN, x_train[:size])
+    series = regression.deq_series(1 if kind == "both" else DEGREE, V_std=V_STD, **SETTING)
     if kind == "sketch":
-        return large.SketchFeatures(series, d, size, key)
-    leading = large.SketchFeatures(series, d, d + 1, key)
+        return regression.SketchFeatures(series, d, size, key)
+    leading = regression.SketchFeatures(series, d, d + 1, key)
     landmarks = x_train[: size - leading.size]
-    return large.concatenate(leading, large.NystromFeatures(series.remainder(KERNEL_FN), landmarks))
+    return regression.concatenate(
+        leading, regression.NystromFeatures(series.remainder(KERNEL_FN), landmarks)
+    )
 
 
 def accuracy(kind: str, size: int, data: Dataset) -> dict[str, Any]:
@@ -51,14 +53,14 @@ def accuracy(kind: str, size: int, data: Dataset) -> dict[str, Any]:
     start = time.perf_counter()
     features = make(kind, size, x_train)
     made = time.perf_counter() - start
-    error = float(large.feature_error(features, KERNEL_FN, jnp.asarray(x_test[:SAMPLE])))
-    model = large.FeatureRegression(features, DIAG_REG)
+    error = float(regression.feature_error(features, KERNEL_FN, jnp.asarray(x_test[:SAMPLE])))
+    model = regression.FeatureRegression(features, DIAG_REG)
     start = time.perf_counter()
-    model.fit(large.in_batches(x_train, data.targets_train, BATCH))
+    model.fit(regression.in_batches(x_train, data.targets_train, BATCH))
     fitted = time.perf_counter() - start
     right = [
         np.argmax(model.predict(x), axis=1) == labels
-        for x, labels in large.in_batches(x_test, data.y_test, BATCH)
+        for x, labels in regression.in_batches(x_test, data.y_test, BATCH)
     ]
     return {
         "kind": kind,
@@ -85,7 +87,7 @@ def stream(data: Dataset, n: int) -> Iterator[tuple[jax.Array, np.ndarray]]:
 def growth(kind: str, size: int, data: Dataset, rows: list[int]) -> list[dict[str, Any]]:
     """Time of a fit for every number of inputs."""
     features = make(kind, size, data.x_train.astype(np.float32))
-    model, found = large.FeatureRegression(features, DIAG_REG), []
+    model, found = regression.FeatureRegression(features, DIAG_REG), []
     model.fit(stream(data, BATCH))  # compiles
     for n in rows:
         start = time.perf_counter()

@@ -1,8 +1,9 @@
 """What a regression on 10⁵ and 10⁶ inputs would take on TPUs: a projection, not a measurement.
 
 Flops and bytes of a tile are those that XLA counts in the program compiled here; what devices send
-each other is what the compiled programs send (tests/test_large.py); a product reads its tile. Chips
-are taken at their published figures, of which a real run reaches a part.
+each other is what the compiled programs send (tests/regression/test_kernel_regression.py); a
+product reads its tile. Chips are taken at their published figures, of
+which a real run reaches a part.
 
     python -m benchmarks.scale
 """
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 from nt_deq import stax
 from benchmarks import _measure
-from nt_deq.large.plan import bytes_per_step
+from nt_deq.regression.plan import bytes_per_step
 
 SIDE, FEATURES, OUTPUTS, RANK = 2048, 784, 10, 4000
 STEPS = 31  # that all of MNIST took, with as many landmarks

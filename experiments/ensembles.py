@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nt_deq import NoEquilibriumError, activations
+from nt_deq import NoEquilibriumError
 from experiments import finite, infinite, launch
 from experiments.data import N_TEST, N_TRAIN, Dataset, DataSettings, load
 from experiments.errors import InputError
 from experiments.launch import flag
 from experiments.network import Architecture
 from experiments.workdir import Arrays, Workdir
-from nt_deq._compat import enable_x64
+from nt_deq._bridges import enable_x64
 from nt_deq._progress import progress_bar
+from nt_deq.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Settings(DataSettings):
     )
     U_std: float = flag(1.0, "standard deviation of the input weights", above=0)
     b_std: float = flag(0.0, "standard deviation of the biases, 0 for none", at_least=0)
-    activation: str = flag("relu", f"one of {', '.join(activations)}")
+    activation: str = flag("relu", f"one of {', '.join(ACTIVATIONS)}")
     learning_rate: float | None = flag(
         None,
         "step size of gradient descent; by default an eighth of the largest with which the "
@@ -59,9 +60,9 @@ class Settings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.activation not in activations:
+        if self.activation not in ACTIVATIONS:
             raise InputError(
-                f"--activation={self.activation} is unknown: use one of {', '.join(activations)}."
+                f"--activation={self.activation} is unknown: use one of {', '.join(ACTIVATIONS)}."
             )
         if len(set(self.widths)) < max(2, len(self.widths)):
             raise InputError(

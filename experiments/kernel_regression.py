@@ -18,7 +18,7 @@ from nt_deq import nt
 from experiments.errors import TrainingError
 from experiments.network import Architecture
 from experiments.workdir import Arrays
-from nt_deq._compat import enable_x64
+from nt_deq._bridges import enable_x64
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

@@ -26,7 +26,7 @@ from absl import app, flags, logging
 from nt_deq import NoEquilibriumError, NotConvergedError
 from experiments.errors import InputError, TrainingError
 from experiments.workdir import Workdir
-from nt_deq_cli.files import end_when_interrupted
+from nt_deq.cli.files import end_when_interrupted
 
 flags.disclaim_key_flags()  # they are the launcher's, and its `--help` shows them
 

@@ -26,7 +26,7 @@ from experiments.errors import InputError
 from experiments.launch import flag
 from experiments.random_networks import ACTIVATIONS, CALL, output_moments, relative_error
 from experiments.workdir import Workdir
-from nt_deq._compat import enable_x64
+from nt_deq._bridges import enable_x64
 from nt_deq._progress import progress_bar
 
 DEPTHS = (1, 2, 3, 5, 10, 30)

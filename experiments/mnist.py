@@ -23,14 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from nt_deq import KernelRegression, activations, stax
+from nt_deq import KernelRegression, stax
 from experiments import launch, report
 from experiments.data import Dataset, DataSettings, load
 from experiments.errors import InputError, TrainingError
 from experiments.launch import flag
 from experiments.workdir import Workdir
 from nt_deq._progress import progress_bar
-from nt_deq.large import NotPositiveDefiniteError, StoreError
+from nt_deq.activations import ACTIVATIONS
+from nt_deq.regression import NotPositiveDefiniteError, StoreError
 
 TUNED_W_STD = (0.3, 0.5, 0.7, 0.9)
 TUNED_DIAG_REG = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -45,7 +46,7 @@ class Settings(DataSettings):
     n_train: int = flag(60_000, "training images", at_least=2)
     n_test: int = flag(10_000, "test images", at_least=1)
     get: str = flag("ntk", "ntk or nngp")
-    activation: str = flag("relu", f"one of {', '.join(activations)}")
+    activation: str = flag("relu", f"one of {', '.join(ACTIVATIONS)}")
     W_std: float = flag(0.5**0.5, "standard deviation of the recurrent weights", at_least=0)
     U_std: float = flag(0.5, "standard deviation of the input weights", above=0)
     b_std: float = flag(0.5**0.5, "standard deviation of the biases, 0 for none", at_least=0)

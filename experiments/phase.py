@@ -25,7 +25,7 @@ from experiments import launch, report
 from experiments.launch import flag
 from experiments.random_networks import FEATURES
 from experiments.workdir import Workdir
-from nt_deq._compat import enable_x64
+from nt_deq._bridges import enable_x64
 from nt_deq._progress import progress_bar
 
 PHI: dict[str, tuple[Callable, Callable]] = {  # φ and φ'

@@ -22,7 +22,7 @@ from experiments import launch
 from experiments.errors import TrainingError
 from experiments.launch import flag
 from experiments.workdir import Arrays, Workdir
-from nt_deq._compat import enable_x64
+from nt_deq._bridges import enable_x64
 from nt_deq._progress import progress_bar
 from nt_deq.activations import get_activation
 

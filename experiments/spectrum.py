@@ -22,7 +22,7 @@ from experiments import launch, random_networks, report
 from experiments.launch import flag
 from experiments.random_networks import ACTIVATIONS, output_kernels
 from experiments.workdir import Workdir
-from nt_deq._compat import enable_x64
+from nt_deq._bridges import enable_x64
 
 PUBLISHED = {  # λ_min of E[φφᵀ] of one network, by width
     "tanh": {

@@ -42,7 +42,7 @@ from flax import nnx
 from jax import Array
 from optax import Schedule
 
-from nt_deq import NoEquilibriumError, activations
+from nt_deq import NoEquilibriumError
 from experiments import launch, training_curve
 from experiments.checkpoints import Run
 from experiments.classifier import LOSSES, Classifier, make_optimizer, make_schedule
@@ -54,7 +54,8 @@ from experiments.network import Architecture, Network
 from experiments.report import console_table, figure_style
 from experiments.workdir import Workdir, fingerprint, versions
 from nt_deq._progress import progress_bar
-from nt_deq.adjoints import MAX_STEPS
+from nt_deq.activations import ACTIVATIONS
+from nt_deq.fixed_point.adjoints import MAX_STEPS
 from nt_deq.iterations import Iteration
 
 INPUTS = "inputs.json"  # what an image has to look like, and the names of the classes
@@ -94,7 +95,7 @@ class Settings(DataSettings):
     )
     U_std: float = flag(1.0, "standard deviation of the input weights", above=0)
     b_std: float = flag(0.1, "standard deviation of the biases, 0 for none", at_least=0)
-    activation: str = flag("relu", f"one of {', '.join(activations)}")
+    activation: str = flag("relu", f"one of {', '.join(ACTIVATIONS)}")
     rtol: float = flag(
         1e-3,
         "how closely an equilibrium is solved: |f(z) - z| <= rtol |f(z)|",
@@ -129,7 +130,7 @@ class Settings(DataSettings):
         super().__post_init__()
         for name, known in (
             ("network", tuple(DEFAULTS)),
-            ("activation", tuple(activations)),
+            ("activation", tuple(ACTIVATIONS)),
             ("loss", tuple(LOSSES)),
             ("optimizer", ("adam", "sgd")),
             ("schedule", ("constant", "cosine")),

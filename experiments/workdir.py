@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nt_deq_cli.files import whole
+from nt_deq.cli.files import whole
 
 Arrays = dict[str, np.ndarray]
 

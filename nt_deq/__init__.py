@@ -1,60 +1,73 @@
-"""Infinitely wide deep equilibrium models: their kernels for neural-tangents, and the networks."""
+"""Infinitely wide deep equilibrium models: their kernels for neural-tangents, and the networks.
 
-import importlib.metadata
+Names are imported when they are first used, so that `import nt_deq` costs next to nothing; it makes
+neural-tangents work on the installed JAX, whoever imports it afterwards.
+"""
 
-from nt_deq import _compat
+from __future__ import annotations
 
-_compat.install()  # makes neural-tangents importable, so it comes before everything that needs it
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import neural_tangents as nt  # noqa: E402
+from nt_deq import _bridges
 
-from nt_deq import flax, gp, iterations, large, stax, theory  # noqa: E402
-from nt_deq.activations import Activation, activations  # noqa: E402
-from nt_deq.adjoints import Implicit, Phantom, Unrolled  # noqa: E402
-from nt_deq.equilibrium import (  # noqa: E402
-    adjoint_solution,
-    equilibrium,
-    find_equilibrium,
-)
-from nt_deq.iterations import SampleSolution  # noqa: E402
-from nt_deq.jacobian import jacobian_regularization, spectral_radius  # noqa: E402
-from nt_deq.kernel import (  # noqa: E402
-    KernelSolution,
-    NoEquilibriumError,
-    NotConvergedError,
-    deq_kernel,
-)
-from nt_deq.large import KernelRegression  # noqa: E402
-from nt_deq.solvers import Anderson, Chebyshev, Newton, Picard  # noqa: E402
+if TYPE_CHECKING:
+    import neural_tangents as nt
 
-__version__ = importlib.metadata.version("nt-deq")
+    from nt_deq import activations, fixed_point, flax, gp, regression, stax, theory
+    from nt_deq._bridges import enable_x64
+    from nt_deq.activations import Activation
+    from nt_deq.errors import NoEquilibriumError, NotConvergedError, NotPositiveDefiniteError
+    from nt_deq.fixed_point.adjoints import Implicit, Phantom, Unrolled
+    from nt_deq.fixed_point.equilibrium import adjoint_solution, equilibrium, find_equilibrium
+    from nt_deq.fixed_point.stability import jacobian_regularization, spectral_radius
+    from nt_deq.iterations import SampleSolution
+    from nt_deq.kernels.dense import KernelSolution, deq_kernel
+    from nt_deq.kernels.series import Chebyshev
+    from nt_deq.regression import KernelRegression
+    from nt_deq.solvers import Anderson, Newton, Picard
 
-__all__ = [
-    "Activation",
-    "Anderson",
-    "Chebyshev",
-    "Implicit",
-    "KernelRegression",
-    "KernelSolution",
-    "Newton",
-    "NoEquilibriumError",
-    "NotConvergedError",
-    "Phantom",
-    "Picard",
-    "SampleSolution",
-    "Unrolled",
-    "activations",
-    "adjoint_solution",
-    "deq_kernel",
-    "equilibrium",
-    "find_equilibrium",
-    "flax",
-    "gp",
-    "iterations",
-    "jacobian_regularization",
-    "large",
-    "nt",
-    "spectral_radius",
-    "stax",
-    "theory",
-]
+    __version__: str
+
+_bridges.install()
+
+_HOMES = {
+    "nt_deq._bridges": ("enable_x64",),
+    "nt_deq.activations": ("Activation",),
+    "nt_deq.fixed_point.adjoints": ("Implicit", "Phantom", "Unrolled"),
+    "nt_deq.fixed_point.equilibrium": ("adjoint_solution", "equilibrium", "find_equilibrium"),
+    "nt_deq.errors": ("NoEquilibriumError", "NotConvergedError", "NotPositiveDefiniteError"),
+    "nt_deq.iterations": ("SampleSolution",),
+    "nt_deq.fixed_point.stability": ("jacobian_regularization", "spectral_radius"),
+    "nt_deq.kernels.dense": ("KernelSolution", "deq_kernel"),
+    "nt_deq.kernels.series": ("Chebyshev",),
+    "nt_deq.regression": ("KernelRegression",),
+    "nt_deq.solvers": ("Anderson", "Newton", "Picard"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = {
+    name: f"nt_deq.{name}"
+    for name in ("activations", "flax", "gp", "iterations", "regression", "stax", "theory")
+}
+_MODULES["nt"] = "neural_tangents"
+
+__all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("nt-deq")
+    else:
+        raise AttributeError(f"module 'nt_deq' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

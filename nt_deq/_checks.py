@@ -8,6 +8,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from nt_deq.errors import ArgumentError
+
 
 def is_traced(*values) -> bool:
     """Whether any value is abstract, so that it can be computed with but not looked at."""
@@ -25,12 +27,12 @@ def standard_deviations(**values) -> None:
     """Raises unless every value is a finite scalar of at least 0 (a traced one: a scalar)."""
     for name, value in values.items():
         if np.ndim(value) != 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} has shape {np.shape(value)}; it is one standard deviation: pass a scalar "
                 "(jax.vmap maps over several)."
             )
         if not is_traced(value) and not (np.isreal(value) and np.isfinite(value) and value >= 0):
-            raise ValueError(
+            raise ArgumentError(
                 f"{name}={value} has to be a finite standard deviation of at least 0 (not a "
                 "variance)."
             )
@@ -50,14 +52,14 @@ def inputs(name: str, x) -> Array:
     if jnp.finfo(x.dtype).bits < 32:
         x = x.astype(jnp.float32)
     if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"{name} has shape {x.shape}; pass inputs of shape (n, d) with n, d >= 1"
             + (" (reshape images to vectors)." if x.ndim > 2 else ".")
         )
     if not is_traced(x):
         bad = np.flatnonzero(~np.isfinite(np.asarray(x)).all(axis=1))
         if bad.size:
-            raise ValueError(
+            raise ArgumentError(
                 f"there are NaN or infinite values in {rows(name, bad)}; drop or impute them."
             )
     return x
@@ -70,7 +72,7 @@ def input_pair(x1, x2) -> tuple[Array, Array | None]:
         return x1, None
     x2 = inputs("x2", x2)
     if x1.shape[1] != x2.shape[1]:
-        raise ValueError(
+        raise ArgumentError(
             f"x1 has {x1.shape[1]} features and x2 has {x2.shape[1]}: both need the same."
         )
     dtype = jnp.promote_types(x1.dtype, x2.dtype)
@@ -80,11 +82,13 @@ def input_pair(x1, x2) -> tuple[Array, Array | None]:
 def examples(name: str, x) -> None:
     """Raises unless `x` has shape `(n, ...)` with `n >= 1` and is finite (if it is not traced)."""
     if np.ndim(x) < 2 or 0 in np.shape(x):
-        raise ValueError(f"{name} has shape {np.shape(x)}; pass inputs of shape (n, ...), n >= 1.")
+        raise ArgumentError(
+            f"{name} has shape {np.shape(x)}; pass inputs of shape (n, ...), n >= 1."
+        )
     if not is_traced(x):
         bad = np.flatnonzero(~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(axis=1))
         if bad.size:
-            raise ValueError(
+            raise ArgumentError(
                 f"there are NaN or infinite values in {rows(name, bad)}; drop or impute them."
             )
 
@@ -92,31 +96,31 @@ def examples(name: str, x) -> None:
 def targets(name: str, y, n: int) -> None:
     """Raises unless `y` has shape `(n,)` or `(n, C)` and, as real numbers, is finite."""
     if np.ndim(y) not in (1, 2) or len(y) != n:
-        raise ValueError(
+        raise ArgumentError(
             f"{name} has shape {np.shape(y)}: {n} inputs need targets ({n},) or ({n}, C)."
         )
     if is_traced(y) or not jnp.issubdtype(y.dtype, jnp.floating):
         return
     if not np.isfinite(np.asarray(y)).all():
-        raise ValueError(f"{name} has NaN or infinite values; drop or impute them.")
+        raise ArgumentError(f"{name} has NaN or infinite values; drop or impute them.")
 
 
 def kernel_name(get) -> None:
     """Raises unless `get` names one kernel."""
     if get not in ("nngp", "ntk"):
-        raise ValueError(f"get={get!r} has to be 'nngp' or 'ntk'.")
+        raise ArgumentError(f"get={get!r} has to be 'nngp' or 'ntk'.")
 
 
 def count(name: str, value) -> None:
     """Raises unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name}={value!r} has to be an integer of at least 1.")
+        raise ArgumentError(f"{name}={value!r} has to be an integer of at least 1.")
 
 
 def features(name: str, x, expected: int) -> None:
     """Raises unless the last axis of `x` has the size that the layer was made for."""
     if np.ndim(x) < 1 or np.shape(x)[-1] != expected:
-        raise ValueError(
+        raise ArgumentError(
             f"{name} has shape {np.shape(x)}; this layer was made for {expected} features on the "
             "last axis."
         )

@@ -18,13 +18,14 @@ from neural_tangents import stax as _nt_stax
 from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
 from nt_deq import _checks
-from nt_deq import fixed_point as _fixed_point
 from nt_deq.activations import Activation, get_activation, piecewise_linear
-from nt_deq.equilibrium import equilibrium
-from nt_deq.kernel import get_solver, raise_unless_converged
-from nt_deq.nonlinearity import apply_dual
-from nt_deq.pointwise import Injection, solve_equilibrium
-from nt_deq.solvers import Chebyshev, Solver
+from nt_deq.fixed_point.equilibrium import equilibrium
+from nt_deq.kernels import cell as _cells
+from nt_deq.kernels.dense import get_solver, raise_unless_converged
+from nt_deq.kernels.nonlinearity import apply_dual
+from nt_deq.kernels.pairs import Injection, solve_equilibrium
+from nt_deq.kernels.series import Chebyshev
+from nt_deq.solvers import Solver
 
 __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
     "DEQ",
@@ -136,7 +137,7 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None) -> Any:
     composed: Any = _nt_stax.serial(inject, cell, cell)[2]
     requirements = composed.input_req
     batch_axis = requirements.get("batch_axis", 0)
-    solve = jax.jit(partial(_fixed_point.solve_fixed_point, cell_kernel, solver=solver))
+    solve = jax.jit(partial(_cells.solve_fixed_point, cell_kernel, solver=solver))
 
     def layer(z, args):
         params, u, mask, kwargs = args
@@ -149,7 +150,7 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None) -> Any:
         rng_cell, rng_inject = random.split(rng)
         shape, inject_params = inject_init(rng_inject, input_shape, **kwargs)
         cell_shape, cell_params = cell_init(rng_cell, shape, **kwargs)
-        _fixed_point.check_shape(cell_shape, shape)
+        _cells.check_shape(cell_shape, shape)
         return shape, (cell_params, inject_params)
 
     @_full_precision
@@ -168,10 +169,10 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None) -> Any:
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
         if kwargs.get("pattern") is not None:
             raise NotImplementedError("FixedPoint does not take the `pattern` of stax.Aggregate.")
-        u = _fixed_point.unreversed(inject_kernel(k, **kwargs))
-        _fixed_point.check_cell(cell, u)
+        u = _cells.unreversed(inject_kernel(k, **kwargs))
+        _cells.check_cell(cell, u)
         z, rates, _ = solve(u)
-        _fixed_point.raise_unless_converged(*rates)
+        _cells.raise_unless_converged(*rates)
         return z
 
     return init_fn, apply_fn, kernel_fn
@@ -191,8 +192,8 @@ def DEQ(
 
     `h* = φ(z*)` with `z* = W_std/√width · φ(z*) W + U_std/√d · x U + b_std · b`: the special case
     `serial(FixedPoint(serial(φ, Dense), Dense), φ)`, whose kernel has faster solvers
-    (`nt_deq.kernel`) for inputs `(batch, d)`. On images it acts on every pixel by itself. A readout
-    `stax.Dense(out)` makes it a network.
+    (`nt_deq.kernels.dense`) for inputs `(batch, d)`. On images it acts on every pixel by itself. A
+    readout `stax.Dense(out)` makes it a network.
 
     Args:
       width: size of the state `z` of the finite network.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from nt_deq.errors import ArgumentError
 from nt_deq.flax.deq import DEQ, FixedPoint, Hidden
 from nt_deq.flax.layers import Conv, Dense
 
@@ -66,7 +67,7 @@ def from_stax(module: Any, params: Any) -> None:
     layers, tree = jax.tree.flatten(_layers(module), is_leaf=_is_linear)
     expected, found = _shapes(to_stax(module)), _shapes(params)
     if found != expected:
-        raise ValueError(f"params have the shapes {found}; this module takes {expected}.")
+        raise ArgumentError(f"params have the shapes {found}; this module takes {expected}.")
     for layer, pair in zip(layers, tree.flatten_up_to(params), strict=True):
         old, structure = jax.tree.flatten(nnx.state(layer, nnx.Param))  # W and b, in this order
         new = [jnp.reshape(p, q.shape) for p, q in zip(jax.tree.leaves(pair), old, strict=True)]
@@ -94,7 +95,7 @@ def _layers(module: Any) -> Any:
         case nnx.Sequential():
             return [_layers(layer) for layer in module.layers]
         case nnx.Module() if jax.tree.leaves(nnx.state(module)):
-            raise ValueError(
+            raise ArgumentError(
                 f"{type(module).__name__} has no stax layer of the same function: use Dense, Conv, "
                 "DEQ, FixedPoint and nnx.Sequential."
             )

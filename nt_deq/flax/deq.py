@@ -18,11 +18,11 @@ from jax.typing import DTypeLike
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
-from nt_deq.adjoints import MAX_STEPS, Adjoint, OnFailure, Phantom, check_on_failure
-from nt_deq.equilibrium import at_precision, find_equilibrium, outcome
+from nt_deq.errors import ArgumentError, NoEquilibriumError
+from nt_deq.fixed_point.adjoints import MAX_STEPS, Adjoint, OnFailure, Phantom, check_on_failure
+from nt_deq.fixed_point.equilibrium import at_precision, find_equilibrium, outcome
 from nt_deq.flax.layers import Conv, Dense, normalize
 from nt_deq.iterations import FixedPointSolver, Iteration, SampleSolution
-from nt_deq.kernel import NoEquilibriumError
 
 TRAINING_RTOL = 1e-3
 
@@ -62,7 +62,7 @@ class FixedPoint(nnx.Module):
         on_failure: OnFailure = None,
     ):
         if not isinstance(cell, nnx.Module):
-            raise ValueError(
+            raise ArgumentError(
                 f"cell={cell!r} must be an nnx.Module; wrap functions in nnx.Sequential."
             )
         check_on_failure(on_failure)
@@ -118,7 +118,7 @@ class FixedPoint(nnx.Module):
         """
         counts = [0, *steps, self.max_steps]
         if any(a >= b for a, b in pairwise(counts)):
-            raise ValueError(
+            raise ArgumentError(
                 f"steps={list(steps)} must increase, from at least 1 to below "
                 f"max_steps={self.max_steps}."
             )
@@ -173,7 +173,7 @@ class _Layer:
         state, u = args
         out = self.cell(z, state)
         if not out.shape == z.shape == u.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"FixedPoint: the cell turns z of shape {z.shape} into {out.shape}, and inject(x) "
                 f"has shape {u.shape}: all must be the same."
             )
@@ -279,7 +279,7 @@ class DEQ(FixedPoint):
             return Conv(features, width, kernel_size, padding=padding, **common)
 
         if kernel_size is not None and padding == "VALID":
-            raise ValueError(
+            raise ArgumentError(
                 "padding='VALID' changes the shape of z, and the layer reads its own output; use "
                 "'SAME' or 'CIRCULAR', or FixedPoint with inject of another padding."
             )
@@ -324,12 +324,12 @@ class Hidden(nnx.Module):
 def _spectral_bound(lipschitz: float, phi: Activation) -> float:
     """The norm of the weights with which `φ`, then the weights, has a Lipschitz constant."""
     if not 0 < lipschitz < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"lipschitz={lipschitz} must lie between 0 and 1, such as 0.9: at 1 the layer is no "
             "contraction any more."
         )
     if not 0 < phi.lipschitz < math.inf:
-        raise ValueError(
+        raise ArgumentError(
             f"lipschitz={lipschitz} needs an activation with a finite Lipschitz constant, and that "
             f"of {phi.name} is {phi.lipschitz}."
         )

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from nt_deq import _checks
 from nt_deq.convolution import convolve
+from nt_deq.errors import ArgumentError
 from nt_deq.flax.spectral_norm import convolution_norm, dense_norm
 
 PADDINGS = ("SAME", "CIRCULAR", "VALID")
@@ -31,15 +32,17 @@ class _Linear(nnx.Module):
     ):
         _checks.standard_deviations(W_std=W_std, b_std=0.0 if b_std is None else b_std)
         if parameterization not in ("ntk", "standard"):
-            raise ValueError(f"parameterization={parameterization!r} must be 'ntk' or 'standard'.")
+            raise ArgumentError(
+                f"parameterization={parameterization!r} must be 'ntk' or 'standard'."
+            )
         if spectral_bound is not None and not 0 < spectral_bound < math.inf:
-            raise ValueError(
+            raise ArgumentError(
                 f"spectral_bound={spectral_bound} must be a positive number, or None for weights "
                 "of any norm."
             )
         for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
             if value is not None and not jnp.issubdtype(value, jnp.floating):
-                raise ValueError(f"{name}={value} must be a floating-point dtype, or None.")
+                raise ArgumentError(f"{name}={value} must be a floating-point dtype, or None.")
         self.W_std, self.b_std, self.parameterization = W_std, b_std, parameterization
         self.spectral_bound, self.dtype = spectral_bound, dtype
         self.scaled_for: tuple[int, ...] | None = None  # set by normalize
@@ -194,13 +197,13 @@ class Conv(_Linear):
         _checks.count("in_features", in_features)
         _checks.count("out_features", out_features)
         if not (isinstance(kernel_size, Sequence) and len(kernel_size) in (1, 2)):
-            raise ValueError(
+            raise ArgumentError(
                 f"kernel_size={kernel_size!r} must be one or two integers, as (3,) or (3, 3)."
             )
         for size in kernel_size:
             _checks.count("kernel_size", size)
         if padding not in PADDINGS:
-            raise ValueError(f"padding={padding!r} must be one of {', '.join(PADDINGS)}.")
+            raise ArgumentError(f"padding={padding!r} must be one of {', '.join(PADDINGS)}.")
         self.padding = padding
         shape = (*kernel_size, in_features, out_features)
         super().__init__(
@@ -215,12 +218,12 @@ class Conv(_Linear):
         sizes = self.W.shape[:-2]
         _checks.features("x", x, self.W.shape[-2])
         if x.ndim != len(sizes) + 2:
-            raise ValueError(
+            raise ArgumentError(
                 f"x has shape {x.shape}; this layer was made for {len(sizes)} spatial axes between "
                 "the batch and the features."
             )
         if self.scaled_for not in (None, x.shape[1:-1]):
-            raise ValueError(
+            raise ArgumentError(
                 f"x has shape {x.shape}, and spectral_bound was applied for the spatial axes "
                 f"{self.scaled_for} of z: a convolution of a cell with other axes can have no "
                 "spectral_bound."

@@ -14,8 +14,9 @@ from scipy import optimize
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
-from nt_deq.gp.process import KernelFn, data, leave_one_out_loss, log_marginal_likelihood
-from nt_deq.kernel import Get
+from nt_deq.errors import ArgumentError
+from nt_deq.gp.process import data, leave_one_out_loss, log_marginal_likelihood
+from nt_deq.typing import Get, KernelFn
 
 Loss = Literal["marginal_likelihood", "leave_one_out"]
 
@@ -122,9 +123,9 @@ def fit(
       ValueError: an argument cannot be right; the message says why.
     """
     if loss not in _LOSSES:
-        raise ValueError(f"loss={loss!r} has to be one of {', '.join(map(repr, _LOSSES))}.")
+        raise ArgumentError(f"loss={loss!r} has to be one of {', '.join(map(repr, _LOSSES))}.")
     if restarts < 0:
-        raise ValueError(f"restarts={restarts} has to be at least 0.")
+        raise ArgumentError(f"restarts={restarts} has to be at least 0.")
     _checks.count("max_steps", max_steps)
     intervals = _intervals(start, bounds or {})
     x, y = data(x, y)
@@ -166,7 +167,7 @@ def fit(
     if not np.isfinite(best.fun):
         # Which says what is wrong:
         _LOSSES[loss](make_kernel(dict(start)), x, y, start["noise"], get, weights)
-        raise ValueError(f"loss or gradient is not finite at start={dict(start)}.")
+        raise ArgumentError(f"loss or gradient is not finite at start={dict(start)}.")
     found = {name: float(v) for name, v in _parameters(intervals, best.x).items()}
     return Fit(
         found,
@@ -243,18 +244,18 @@ def _intervals(
     start: Mapping[str, float], bounds: Mapping[str, tuple[float, float]]
 ) -> tuple[_Interval, ...]:
     if "noise" not in start:
-        raise ValueError(
+        raise ArgumentError(
             f"start={dict(start)} has no 'noise': add the variance of the noise to begin with."
         )
     if unknown := sorted(set(bounds) - set(start)):
-        raise ValueError(
+        raise ArgumentError(
             f"bounds are given for {unknown}, which start={dict(start)} does not have."
         )
     intervals = []
     for name, value in start.items():
         lower, upper = map(float, bounds.get(name, (0.0, np.inf)))
         if not (np.isfinite(lower) and lower < value < upper and np.isfinite(value)):
-            raise ValueError(
+            raise ArgumentError(
                 f"start[{name!r}]={value} has to be inside of its bounds ({lower}, {upper}), of "
                 "which the lower is finite; for a parameter that is 0, leave it out."
             )

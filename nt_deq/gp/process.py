@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +12,8 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.scipy.special import xlogy
 
 from nt_deq import _checks
-from nt_deq.kernel import Get, NotPositiveDefiniteError
-
-KernelFn = Callable[..., Any]
+from nt_deq.errors import ArgumentError, NotPositiveDefiniteError
+from nt_deq.typing import Get, KernelFn
 
 
 class Prediction(NamedTuple):
@@ -154,7 +152,7 @@ def posterior(
     x, y, factor, counts = _factorise(kernel_fn, x, y, noise, get, weights)
     x_test = jnp.asarray(x_test, x.dtype)
     if x_test.shape[1:] != x.shape[1:]:
-        raise ValueError(f"x_test has inputs of shape {x_test.shape[1:]}, and x {x.shape[1:]}.")
+        raise ArgumentError(f"x_test has inputs of shape {x_test.shape[1:]}, and x {x.shape[1:]}.")
     covariance = jnp.sqrt(counts)[:, None] * _matrix(kernel_fn, x, x_test, get)
     whitened = solve_triangular(factor, covariance, lower=True)
     mean = jnp.matmul(whitened.T, solve_triangular(factor, y, lower=True), precision="highest")
@@ -180,7 +178,7 @@ def _matrix(kernel_fn: KernelFn, x1: Array, x2: Array | None, get: str) -> Array
         kernel = kernel_fn(x1, x2, get)
     shape = (len(x1), len(x1 if x2 is None else x2))
     if kernel.shape != shape:
-        raise ValueError(
+        raise ArgumentError(
             f"kernel_fn gives an array of shape {kernel.shape}, and a covariance has {shape}: end "
             "the network in a readout, such as stax.Dense(1)."
         )
@@ -195,7 +193,7 @@ def _problem(kernel_fn, x, y, noise, get, weights) -> tuple[Array, Array, Array,
     """
     _checks.kernel_name(get)
     if np.ndim(noise) or not (_checks.is_traced(noise) or 0 <= noise < np.inf):
-        raise ValueError(f"noise={noise} must be a variance: one finite number of at least 0.")
+        raise ArgumentError(f"noise={noise} must be a variance: one finite number of at least 0.")
     x, y = data(x, y)
     weights = _weights(weights, noise, len(x), x.dtype)
     root = jnp.sqrt(weights)
@@ -209,13 +207,13 @@ def _weights(weights, noise, n, dtype) -> Array:
         return jnp.ones(n, dtype)
     weights = jnp.asarray(weights, dtype)
     if weights.shape != (n,):
-        raise ValueError(f"weights have shape {weights.shape}: {n} inputs need ({n},).")
+        raise ArgumentError(f"weights have shape {weights.shape}: {n} inputs need ({n},).")
     if _checks.is_traced(weights, noise):
         return weights
     if not (jnp.isfinite(weights) & (weights >= 0)).all() or not weights.any():
-        raise ValueError("weights must be finite, at least 0, and not all 0.")
+        raise ArgumentError("weights must be finite, at least 0, and not all 0.")
     if noise == 0 and not ((weights == 0) | (weights == 1)).all():
-        raise ValueError("weights other than 0 and 1 need a noise above 0, which they divide.")
+        raise ArgumentError("weights other than 0 and 1 need a noise above 0, which they divide.")
     return weights
 
 
@@ -232,7 +230,7 @@ def _check_definite(found, covariance, noise, get) -> None:
     if _checks.is_traced(found) or jnp.isfinite(found).all():
         return
     if not jnp.isfinite(covariance).all():
-        raise ValueError(f"kernel_fn(x, None, {get!r}) is NaN or infinite: look at it there.")
+        raise ArgumentError(f"kernel_fn(x, None, {get!r}) is NaN or infinite: look at it there.")
     unit = float(jnp.finfo(covariance.dtype).eps) * float(jnp.trace(covariance))
     remedies = [f"take a noise of more than about {unit:.1g}", "drop inputs that are there twice"]
     if covariance.dtype == jnp.float32:

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import Array
 
+from nt_deq.errors import ArgumentError
 from nt_deq.iterations.iteration import GROWTH, Iteration, dot, push, spread
 
 
@@ -42,11 +43,11 @@ class Anderson(Iteration):
 
     def __check_init__(self):
         if not (isinstance(self.window, int) and 1 <= self.window <= 20):
-            raise ValueError(
+            raise ArgumentError(
                 f"Anderson(window={self.window!r}): window must be an integer from 1 to 20."
             )
         if not 0 < self.angle < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"Anderson(angle={self.angle}): angle is a sine and must lie in (0, 1)."
             )
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from nt_deq.errors import ArgumentError
 from nt_deq.iterations.iteration import GROWTH, Iteration, dot, push, spread
 
 
@@ -36,7 +37,7 @@ class Broyden(Iteration):
 
     def __check_init__(self):
         if not (isinstance(self.terms, int) and 1 <= self.terms <= 100):
-            raise ValueError(
+            raise ArgumentError(
                 f"Broyden(terms={self.terms!r}): terms must be an integer from 1 to 100."
             )
 

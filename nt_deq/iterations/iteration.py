@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optimistix
 from jax import Array
 
+from nt_deq.errors import ArgumentError
+
 FixedPointSolver = optimistix.AbstractFixedPointSolver | optimistix.AbstractRootFinder
 """One of these, or any fixed-point solver or root finder of optimistix."""
 
@@ -108,9 +110,9 @@ class Iteration(optimistix.AbstractFixedPointSolver):
         for field in ("rtol", "atol"):
             value = getattr(self, field)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}({field}={value}): {field} must be finite and >= 0.")
+                raise ArgumentError(f"{name}({field}={value}): {field} must be finite and >= 0.")
         if not 0 <= self.damping < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"{name}(damping={self.damping}): damping is the part of z that is kept and must "
                 "lie in [0, 1)."
             )

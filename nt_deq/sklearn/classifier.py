@@ -9,6 +9,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
+from nt_deq.errors import ArgumentError
 from nt_deq.gp.calibration import calibrate, log_probabilities
 from nt_deq.sklearn import programs
 from nt_deq.sklearn.process import FLOATS, DEQProcess, observed
@@ -51,7 +52,7 @@ class DEQClassifier(ClassifierMixin, DEQProcess):
         self.classes_, labels = np.unique(y, return_inverse=True)
         count = len(self.classes_)
         if count < 2:
-            raise ValueError(f"y has one class, {self.classes_[0]!r}; two or more are needed.")
+            raise ArgumentError(f"y has one class, {self.classes_[0]!r}; two or more are needed.")
         targets = (count * np.eye(count)[labels] - 1) / (count - 1)
         rows = self._fit_process(X, targets[:, 1:] if count == 2 else targets, weights)
         with programs.exactly():

@@ -18,9 +18,10 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from nt_deq import _checks, gp
 from nt_deq.activations import Activation, get_activation
-from nt_deq.kernel import Get, NoEquilibriumError
-from nt_deq.large import KernelRegression
+from nt_deq.errors import ArgumentError, NoEquilibriumError
+from nt_deq.regression import KernelRegression
 from nt_deq.sklearn import programs
+from nt_deq.typing import Get
 
 FLOATS = [np.float64, np.float32]
 _LEAST_NOISE = 1e-8  # of targets with variance 1
@@ -39,7 +40,7 @@ def observed(
     weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
     there = weights > 0
     if not there.any():
-        raise ValueError("sample_weight is 0 for all rows: one at least must be above 0.")
+        raise ArgumentError("sample_weight is 0 for all rows: one at least must be above 0.")
     return X[there], y[there], weights[there]
 
 
@@ -106,26 +107,26 @@ class DEQProcess(BaseEstimator):
     def _check_parameters(self, n: int, features: int) -> dict[str, Any]:
         """The hyper-parameters as given; an error names an argument of the estimator."""
         if self.kernel not in ("nngp", "ntk"):
-            raise ValueError(f"kernel={self.kernel!r} must be 'nngp' or 'ntk'.")
+            raise ArgumentError(f"kernel={self.kernel!r} must be 'nngp' or 'ntk'.")
         _checks.count("max_exact", self.max_exact)
         if self.n_restarts_optimizer < 0:
-            raise ValueError(f"n_restarts_optimizer={self.n_restarts_optimizer} must be >= 0.")
+            raise ArgumentError(f"n_restarts_optimizer={self.n_restarts_optimizer} must be >= 0.")
         values: dict[str, Any] = {
             name: getattr(self, name) for name in ("W_std", "U_std", "b_std", "V_std")
         }
         _checks.standard_deviations(**values)
         if np.ndim(self.noise) or not 0 <= self.noise < np.inf:
-            raise ValueError(
+            raise ArgumentError(
                 f"noise={self.noise} must be a variance: one finite number of at least 0."
             )
         scale = np.asarray(self.length_scale, float)
         if scale.shape not in ((), (features,)):
-            raise ValueError(
+            raise ArgumentError(
                 f"length_scale has shape {scale.shape}: pass one number, or one for each of the "
                 f"{features} features."
             )
         if not (np.isfinite(scale) & (scale > 0)).all():
-            raise ValueError(f"length_scale={self.length_scale} must be finite and above 0.")
+            raise ArgumentError(f"length_scale={self.length_scale} must be finite and above 0.")
         if self.optimize:
             self._check_start(self._least_noise(n))
         return {
@@ -138,13 +139,13 @@ class DEQProcess(BaseEstimator):
         """Raises where no search can start."""
         largest = gp.largest_W_std(self.activation)
         if self.W_std >= largest:
-            raise ValueError(
+            raise ArgumentError(
                 f"W_std={self.W_std} must be below {largest:.6g} for "
                 f"activation={self.activation!r}: the search for hyper-parameters stays where "
                 "every input has an equilibrium. Take a smaller one, or optimize=False."
             )
         if self.noise <= least_noise:
-            raise ValueError(
+            raise ArgumentError(
                 f"noise={self.noise} must be above {least_noise:.2g}, the least that the search "
                 "for hyper-parameters tries. Take a larger one, or optimize=False."
             )

@@ -17,7 +17,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from nt_deq import gp, stax
-from nt_deq._compat import enable_x64
+from nt_deq._bridges import enable_x64
 from nt_deq.activations import Activation
 
 LENGTH_SCALE = "length_scale_{}"  # of feature number {}, where each has its own

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from nt_deq.errors import ArgumentError
 from nt_deq.solvers.loop import Solver, spread
 
 
@@ -43,12 +44,12 @@ class Anderson(Solver):
     def __post_init__(self):
         super().__post_init__()
         if not (isinstance(self.window, int) and 1 <= self.window <= 10):
-            raise ValueError(
+            raise ArgumentError(
                 f"Anderson(window={self.window!r}): window has to be an integer from 1 to 10; each "
                 "costs two copies of a tile of the kernel."
             )
         if not 0 < self.regularization < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"Anderson(regularization={self.regularization}): regularization has to lie in "
                 "(0, 1); 1e-6 is the default."
             )

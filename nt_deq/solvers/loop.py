@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from nt_deq.errors import ArgumentError
+
 State = Any
 
 
@@ -59,12 +61,12 @@ class Solver(abc.ABC):
 
     def __post_init__(self):
         if self.tol is not None and not 0 < self.tol < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"{type(self).__name__}(tol={self.tol}): tol is a relative error and has to lie in "
                 "(0, 1); leave it out for the best that the dtype allows."
             )
         if not (isinstance(self.max_steps, int) and self.max_steps >= 1):
-            raise ValueError(
+            raise ArgumentError(
                 f"{type(self).__name__}(max_steps={self.max_steps!r}): max_steps has to be an "
                 "integer of at least 1."
             )

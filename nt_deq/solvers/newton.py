@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from nt_deq.errors import ArgumentError
 from nt_deq.solvers.loop import Solver
 
 
@@ -24,7 +25,7 @@ class Newton(Solver):
     def init(self, y, lower, upper, event_dims):
         """The bracket of every root."""
         if event_dims:
-            raise ValueError(
+            raise ArgumentError(
                 "solver=Newton() needs a cell whose kernel entries are independent; this one "
                 "couples them over space: use nt_deq.Anderson() or nt_deq.Picard()."
             )

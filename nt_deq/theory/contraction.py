@@ -11,8 +11,8 @@ from jax import Array
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
-from nt_deq.kernel import deq_kernel
-from nt_deq.pointwise import marginal_map
+from nt_deq.kernels.dense import deq_kernel
+from nt_deq.kernels.pairs import marginal_map
 from nt_deq.solvers import Picard
 
 Phi = str | Activation | Callable[[Array], Array]

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jax import Array
 
+from nt_deq.errors import ArgumentError
+
 
 class SmallestEigenvalue(NamedTuple):
     """The smallest eigenvalue of a kernel matrix, and how well it is known.
@@ -39,14 +41,14 @@ def smallest_eigenvalue(kernel: Array | np.ndarray) -> SmallestEigenvalue:
     """
     matrix = np.asarray(kernel)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
-        raise ValueError(f"kernel has shape {matrix.shape}; pass a square matrix (n, n).")
+        raise ArgumentError(f"kernel has shape {matrix.shape}; pass a square matrix (n, n).")
     if not np.isfinite(matrix).all():
-        raise ValueError("kernel has NaN or infinite entries: it is that of no equilibrium.")
+        raise ArgumentError("kernel has NaN or infinite entries: it is that of no equilibrium.")
     dtype = matrix.dtype if np.issubdtype(matrix.dtype, np.floating) else np.dtype(np.float64)
     unit, matrix = float(np.finfo(dtype).eps), matrix.astype(np.float64)
     largest, skew = np.abs(matrix).max(), np.abs(matrix - matrix.T).max()
     if skew > 64 * unit * largest:
-        raise ValueError(
+        raise ArgumentError(
             f"kernel is not symmetric: entries differ by {skew:.2g} from their mirror."
         )
     value = float(np.linalg.eigvalsh((matrix + matrix.T) / 2)[0])

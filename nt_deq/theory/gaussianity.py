@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 from scipy import special, stats
 
+from nt_deq.errors import ArgumentError
 from nt_deq.theory.definiteness import smallest_eigenvalue
 
 
@@ -108,9 +109,9 @@ def covariance_test(sample: Array | np.ndarray, covariance: Array | np.ndarray) 
     n, d = sample.shape
     covariance = np.asarray(covariance, np.float64)
     if covariance.shape != (d, d):
-        raise ValueError(f"covariance has shape {covariance.shape}; it has to be ({d}, {d}).")
+        raise ArgumentError(f"covariance has shape {covariance.shape}; it has to be ({d}, {d}).")
     if not smallest_eigenvalue(covariance).positive:
-        raise ValueError("covariance is singular: drop inputs that the others determine.")
+        raise ArgumentError("covariance is singular: drop inputs that the others determine.")
     ratio = np.linalg.solve(covariance, sample.T @ sample / n)
     statistic = n * float(np.trace(ratio) - np.linalg.slogdet(ratio)[1] - d)
     return GaussianityTest(statistic, float(stats.chi2.sf(statistic, d * (d + 1) / 2)))
@@ -121,9 +122,9 @@ def _sample(name: str, sample, ndim: int) -> np.ndarray:
     least = 4 if ndim == 1 else 1 + sample.shape[-1]
     if sample.ndim != ndim or len(sample) < least:
         shape = "(n,)" if ndim == 1 else "(n, d)"
-        raise ValueError(f"{name} has shape {sample.shape}; it has to be {shape}, n >= {least}.")
+        raise ArgumentError(f"{name} has shape {sample.shape}; it has to be {shape}, n >= {least}.")
     if not np.isfinite(sample).all():
-        raise ValueError(f"{name} has NaN or infinite values; drop what has no equilibrium.")
+        raise ArgumentError(f"{name} has NaN or infinite values; drop what has no equilibrium.")
     return sample
 
 
@@ -132,7 +133,7 @@ def _distance_to_fit(samples: np.ndarray) -> np.ndarray:
     n = samples.shape[1]
     scale = samples.std(axis=1, ddof=1, keepdims=True)
     if not scale.all():
-        raise ValueError("sample has variance 0: it is constant.")
+        raise ArgumentError("sample has variance 0: it is constant.")
     z = np.sort((samples - samples.mean(axis=1, keepdims=True)) / scale, axis=1)
     cdf, steps = special.ndtr(z), np.arange(n + 1) / n
     return np.maximum((steps[1:] - cdf).max(axis=1), (cdf - steps[:-1]).max(axis=1))

@@ -1,0 +1,119 @@
+"""The command `nt-deq`: kernels of infinite depth, and what they predict, without writing Python.
+
+A package of its own, because importing any part of `nt_deq` imports JAX and neural-tangents, and
+`nt-deq --help` should not take their seconds: the commands import them when they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nt_deq.cli.files import end_when_interrupted
+from nt_deq.errors import InputError
+
+COMMANDS = "kernel", "predict", "compare", "phase", "info"  # a module each
+NO_RESULT, BAD_INPUT = 1, 2
+
+_EPILOG = """\
+examples:
+  nt-deq kernel X.npy --out K.npy                    the NTK of the inputs in X.npy, (n, d)
+  nt-deq predict X.npy y.npy X_test.npy --out p.npy  regression, or classification of integers
+  nt-deq predict X.csv y.csv X_test.csv --out p.csv  the same of tables
+  nt-deq compare                                     finite networks beside the infinite one
+  nt-deq phase --activation tanh                     for which W_std there is an equilibrium
+  nt-deq info                                        versions and devices, for a bug report
+
+exit codes: 0 done; 1 there is no result (no equilibrium, not converged, not enough memory);
+2 a flag or a file cannot be right; 130 interrupted by Ctrl-C, 143 by SIGTERM: files are as they
+were. An error is one line on stderr.
+
+`nt-deq COMMAND --help` tells about a command and its flags.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        _tell(f"{message} ({self.prog} --help lists the flags)")
+        raise SystemExit(BAD_INPUT)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = _Parser(
+        prog="nt-deq",
+        description="Infinitely wide deep equilibrium models, z* = W φ(z*) + U x + b: their NNGP "
+        "kernels\nand NTKs, what they predict, and finite networks to compare with.",
+        epilog=_EPILOG,
+        **options,
+    )
+    version = f"nt-deq {importlib.metadata.version('nt-deq')}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"nt_deq.cli.{name}")
+        description, _, examples = f"{module.__doc__}".partition("\nExamples:\n")
+        summary = description.partition(".\n")[0]
+        command = commands.add_parser(
+            name,
+            help=summary[0].lower() + summary[1:],
+            description=description,
+            epilog=f"examples:\n{examples}",
+            **options,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _error(message: object) -> str:
+    return f"nt-deq: error: {' '.join(str(message).split())}"
+
+
+def _tell(message: object) -> None:
+    print(_error(message), file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      argv: words of the command line; `None` is that of the process, which signals then end.
+
+    Returns:
+      The exit code. Words that cannot be parsed, `--help` and `--version` raise `SystemExit`.
+    """
+    if argv is None:
+        end_when_interrupted(lambda: _error("interrupted; files are as they were."))
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (InputError, OSError) as error:
+        _tell(error)
+        return BAD_INPUT
+    except (MemoryError, RuntimeError, ValueError) as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        _tell(error)
+        return code
+    return 0
+
+
+def _exit_code(error: Exception) -> int | None:
+    """That of an error that the user has to know of; `None` is a mistake of ours."""
+    from nt_deq import NoEquilibriumError, NotConvergedError
+    from nt_deq.errors import NotPositiveDefiniteError
+    from nt_deq.regression.store import StoreError
+
+    no_result = NoEquilibriumError, NotConvergedError, NotPositiveDefiniteError, MemoryError
+    if isinstance(error, no_result):
+        return NO_RESULT
+    return BAD_INPUT if isinstance(error, ValueError | StoreError) else None

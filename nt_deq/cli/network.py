@@ -1,0 +1,68 @@
+"""The infinitely wide network that flags describe."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+ACTIVATIONS = "relu, leaky_relu, abs, erf, gelu, sin, cos, identity, tanh, sigmoid, softplus, silu"
+
+
+def add_arguments(parser: argparse.ArgumentParser, W_std: float = 0.8) -> None:
+    """Adds the flags of the network and of precision; `W_std` is its default."""
+    group = parser.add_argument_group("the network (standard deviations, not variances)")
+    group.add_argument(
+        "--W-std", type=float, default=W_std, metavar="S",
+        help="of the recurrent weights (default %(default)s; relu needs less than 1.414)",
+    )  # fmt: skip
+    add_input_arguments(group)
+
+
+def add_input_arguments(group: Any) -> None:
+    """Adds all of these flags but `--W-std`."""
+    group.add_argument(
+        "--U-std", type=float, default=1.0, metavar="S",
+        help="of the input weights (default %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--b-std", type=float, default=0.0, metavar="S", help="of the bias (default: no bias)"
+    )
+    group.add_argument(
+        "--activation", default="relu", metavar="PHI",
+        help=f"φ (default %(default)s): {ACTIVATIONS}",
+    )  # fmt: skip
+    group.add_argument("--x64", action="store_true", help="compute in float64 (default float32)")
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `nt_deq.deq_kernel`, checked."""
+    from nt_deq import _checks
+    from nt_deq.activations import get_activation
+
+    get_activation(args.activation)
+    stds = {name: getattr(args, name) for name in ("W_std", "U_std", "b_std")}
+    _checks.standard_deviations(
+        **{f"--{name.replace('_', '-')}": value for name, value in stds.items()}
+    )
+    return {**stds, "activation": args.activation}
+
+
+def kernel_fn(W_std: float, U_std: float, b_std: float, activation: str) -> Callable[..., Any]:
+    """The kernels of the network with its readout, `f = V φ(z*)/√n`."""
+    from nt_deq import stax
+
+    layer = stax.DEQ(1, W_std, U_std, b_std or None, activation)
+    return stax.serial(layer, stax.Dense(1))[2]
+
+
+@contextlib.contextmanager
+def precision(args: argparse.Namespace) -> Iterator[Any]:
+    """Computes in the precision asked for, and gives its NumPy dtype."""
+    import numpy as np
+
+    from nt_deq import _bridges
+
+    with _bridges.enable_x64(args.x64):
+        yield np.dtype(np.float64 if args.x64 else np.float32)

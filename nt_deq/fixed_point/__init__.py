@@ -1,0 +1,1 @@
+"""Fixed points `y = F(y)` of a batch of samples, and their derivatives."""

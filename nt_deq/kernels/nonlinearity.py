@@ -1,0 +1,58 @@
+"""The kernel of an elementwise nonlinearity, from the expectations of its activation."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import neural_tangents as nt
+from jax import Array
+
+from nt_deq.activations import Activation
+from nt_deq.errors import ArgumentError
+
+
+def apply_dual(activation: Activation, k: nt.Kernel) -> nt.Kernel:
+    """The kernel of `φ(z)` for Gaussian `z` with kernel `k`: `V` for `nngp`, `V̇ Θ` for `ntk`.
+
+    Exact to rounding, with finite derivatives, also where an input meets itself.
+    """
+    if not k.is_gaussian:
+        raise ArgumentError(
+            f"the nonlinearity {activation.name!r} follows a layer without random weights: its "
+            "input is not Gaussian; put a stax.Dense or stax.Conv before it."
+        )
+    if k.diagonal_spatial:
+        rows, columns = k.cov1, k.cov1 if k.cov2 is None else k.cov2
+
+        def within(cov):
+            return activation.dual_diagonal(cov)[0]
+    else:
+        rows, _ = _outer(_variances(k.cov1))
+        _, columns = _outer(_variances(k.cov1 if k.cov2 is None else k.cov2))
+
+        def within(cov):
+            return activation.dual(*_outer(_variances(cov)), cov)[0]
+
+    nngp, slope = activation.dual(rows[:, None], columns[None, :], k.nngp)
+    return k.replace(
+        nngp=nngp,
+        ntk=None if k.ntk is None else slope * k.ntk,
+        cov1=within(k.cov1),
+        cov2=None if k.cov2 is None else within(k.cov2),
+        is_gaussian=False,
+    )
+
+
+def _variances(cov: Array) -> Array:
+    """`(n, h, h, w, w) -> (n, h, w)`."""
+    for axis in range(1, (cov.ndim + 1) // 2):
+        cov = jnp.moveaxis(jnp.diagonal(cov, axis1=axis, axis2=axis + 1), -1, axis)
+    return cov
+
+
+def _outer(variances: Array) -> tuple[Array, Array]:
+    """`(n, h, w) -> (n, h, 1, w, 1), (n, 1, h, 1, w)`, which broadcast to `(n, h, h, w, w)`."""
+    spatial = range(1, variances.ndim)
+    return (
+        jnp.expand_dims(variances, tuple(2 * axis for axis in spatial)),
+        jnp.expand_dims(variances, tuple(2 * axis - 1 for axis in spatial)),
+    )

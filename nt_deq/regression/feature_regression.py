@@ -1,0 +1,120 @@
+"""Ridge regression on features in one pass over the data: time linear in `n`, memory in `m²`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from scipy import linalg
+
+from nt_deq import _checks
+from nt_deq.errors import ArgumentError
+from nt_deq.regression.features import Features
+
+
+class FeatureRegression:
+    """Ridge regression `f(x) = z(x)·w`, that is kernel regression with `k(x, x') = z(x)·z(x')`.
+
+        w = (Σ z zᵀ + λ I)⁻¹ Σ z yᵀ,    λ = diag_reg · mean |z|²,
+
+    sums over all inputs. The sums are kept in float64, whatever the dtype of the features: they
+    have the square of the features' condition number, and float64 holds the product of two float32
+    exactly, so that nothing of what float32 features say is lost. They are added up on the host,
+    where float64 needs no setting of JAX: `n m²` operations in all.
+
+    Attributes:
+      weights: `w`, `(m, C)`, float64, once fitted.
+    """
+
+    weights: np.ndarray | None = None
+
+    def __init__(self, features: Features, diag_reg: float = 1e-4):
+        """Sets what to regress on.
+
+        Args:
+          features: `(b, ...) -> (b, m)`, for example `NystromFeatures`.
+          diag_reg: what is added to the diagonal of the kernel of the training inputs, relative to
+            its mean (as of `neural_tangents.predict`), `>= 0`.
+        """
+        if not (np.isfinite(diag_reg) and diag_reg >= 0):
+            raise ArgumentError(f"diag_reg={diag_reg} has to be finite and at least 0.")
+        self.features, self.diag_reg = features, diag_reg
+
+    def fit(self, batches: Iterable[tuple[Any, Any]]) -> FeatureRegression:
+        """Goes once through the batches, then solves for the weights.
+
+        Args:
+          batches: of `(x, y)`, inputs `(b, ...)` and targets `(b, C)` or `(b,)`, of which one at a
+            time is in memory: any iterable, or `in_batches(x, y, rows)`. Centre the targets, since
+            knowing nothing is predicting 0.
+
+        Returns:
+          Itself.
+
+        Raises:
+          ValueError: there are no batches, shapes do not match, values are not finite, or the
+            normal matrix is singular.
+        """
+        syrk: Any = linalg.get_blas_funcs("syrk", dtype=np.float64)
+        normal = moments = None
+        n = 0
+        for number, (x, y) in enumerate(batches):
+            z, y = np.asarray(self.features(x), np.float64), np.asarray(y, np.float64)
+            if z.ndim != 2 or len(z) == 0 or y.ndim not in (1, 2) or len(y) != len(z):
+                raise ArgumentError(
+                    f"batch {number} has features of shape {z.shape} and targets of shape "
+                    f"{y.shape}; they have to be (b, m) and (b, C) or (b,), b >= 1."
+                )
+            if normal is None or moments is None:
+                normal = np.zeros((z.shape[1],) * 2, order="F")
+                moments = np.zeros((z.shape[1], *y.shape[1:]))
+            if (len(normal), *y.shape[1:]) != (z.shape[1], *moments.shape[1:]):
+                raise ArgumentError(
+                    f"batch {number} has {z.shape[1]} features and targets of shape {y.shape}; the "
+                    f"first had {len(normal)} and (b, {', '.join(map(str, moments.shape[1:]))})."
+                )
+            if not (np.isfinite(z).all() and np.isfinite(y).all()):
+                raise ArgumentError(f"batch {number} has NaN or infinite features or targets.")
+            # The lower triangle of normal + zᵀz, in place; z.T is in the order that BLAS wants.
+            normal = syrk(1.0, z.T, beta=1.0, c=normal, lower=1, overwrite_c=1)
+            moments += z.T @ y
+            n += len(z)
+        if normal is None or moments is None:
+            raise ArgumentError("batches is empty: fit needs at least one batch of (x, y).")
+        diagonal = np.einsum("ii->i", normal)
+        diagonal += self.diag_reg * diagonal.sum() / n
+        try:
+            factor = linalg.cho_factor(normal, lower=True, overwrite_a=True)
+        except linalg.LinAlgError:
+            raise ArgumentError(
+                f"diag_reg={self.diag_reg} is too small: the {len(normal)} features of {n} inputs "
+                "are linearly dependent; take a larger diag_reg or fewer features."
+            ) from None
+        self.weights = linalg.cho_solve(factor, moments)
+        return self
+
+    def predict(self, x: Array) -> Array:
+        """Predicts the targets of inputs `(b, ...)`: `(b, C)` or `(b,)`, in the features' dtype.
+
+        Raises:
+          ValueError: `fit` was not called.
+        """
+        if self.weights is None:
+            raise ArgumentError("there are no weights yet: call fit first.")
+        z = self.features(x)
+        return jnp.matmul(z, jnp.asarray(self.weights, z.dtype), precision=lax.Precision.HIGHEST)
+
+
+def in_batches(x: Any, y: Any, rows: int) -> Iterator[tuple[Any, Any]]:
+    """Cuts inputs `(n, ...)` and targets `(n, ...)` into batches of `rows`; the last has the rest.
+
+    Raises:
+      ValueError: `x` and `y` are not as many, or `rows` is no positive integer.
+    """
+    _checks.count("rows", rows)
+    if len(x) != len(y):
+        raise ArgumentError(f"x has {len(x)} rows and y has {len(y)}: they have to be as many.")
+    return ((x[i : i + rows], y[i : i + rows]) for i in range(0, len(x), rows))

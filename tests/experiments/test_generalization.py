@@ -1,0 +1,268 @@
+"""Noisy labels, kernel regression and networks that interpolate."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import neural_tangents as nt
+import numpy as np
+import pytest
+from neural_tangents import stax
+from sklearn.gaussian_process import GaussianProcessRegressor, kernels
+from sklearn.kernel_ridge import KernelRidge
+
+from experiments import (
+    generalization,
+    generalization_report,
+    interpolation,
+    kernel_regression,
+)
+from experiments.data import load
+from experiments.errors import InputError
+from experiments.kernel_regression import REGULARISATION, regress, solve
+from experiments.network import Architecture
+from experiments.workdir import Workdir
+
+ROOT = Path(__file__).parents[2]
+TINY = generalization.Settings(
+    counts=(20, 60), n_test=80, network_counts=(20,), widths=(16, 64), seeds=2
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("generalization")
+    generalization.main(TINY, Workdir(path))
+    return path
+
+
+def problem(count=60, noise=0.2):
+    data = load("digits", None, 60, 80, seed=0)
+    settings = generalization.Settings(label_noise=noise)
+    return data, generalization.make_problem(settings, data, count)
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.2, 0.5])
+def test_as_many_labels_are_wrong_as_said(noise):
+    labels = np.arange(200) % 7
+    noisy = generalization.noisy_labels(labels, 7, noise, seed=3)
+    assert (noisy != labels).mean() == noise
+    assert set(noisy) <= set(range(7))
+    moved = (noisy - labels)[noisy != labels] % 7
+    assert set(moved) == set(range(1, 7))  # any other class
+    np.testing.assert_array_equal(generalization.noisy_labels(labels, 7, noise, seed=3), noisy)
+    assert (generalization.noisy_labels(labels, 7, noise, seed=4) != noisy).any()
+    np.testing.assert_array_equal(generalization.noisy_labels(labels, 7, 0.0, seed=3), labels)
+
+
+def test_targets_are_those_of_the_labels():
+    data, found = problem()
+    np.testing.assert_array_equal(found.labels[0], data.y_train)
+    np.testing.assert_allclose(found.targets[0], data.targets_train)
+    assert (found.labels[1] != data.y_train).sum() == 12
+    np.testing.assert_array_equal(found.targets.argmax(-1), found.labels)
+
+
+@pytest.mark.slow
+def test_a_tiled_kernel_is_the_kernel(monkeypatch, x64):
+    monkeypatch.setattr(kernel_regression, "TILE", 7)
+    x = np.random.default_rng(0).standard_normal((16, 5))
+    x *= 5**0.5 / np.linalg.norm(x, axis=1, keepdims=True)
+    arch = Architecture(1.2, 1.0, 0.0, "relu")
+    for get in ("nngp", "ntk"):
+        ours = generalization.deq(get, 1.2)
+        np.testing.assert_allclose(ours(x, x), arch.kernel_fn(1)(x, None, get), rtol=1e-10)
+        np.testing.assert_allclose(
+            ours(x[:3], x[3:]), arch.kernel_fn(1)(x[:3], x[3:], get), rtol=1e-10
+        )
+        deep = stax.serial(
+            stax.Dense(1, W_std=2**0.5), stax.Relu(), stax.Dense(1, W_std=2**0.5), stax.Relu(),
+            stax.Dense(1, W_std=2**0.5), stax.Relu(), stax.Dense(1),
+        )[2]  # fmt: skip
+        # The diagonal of its tiles is that of two inputs which happen to be equal: arccos of 1.
+        np.testing.assert_allclose(
+            generalization.explicit(get, 3)(x, x), deep(x, None, get), atol=1e-6
+        )
+
+
+def test_regression_is_that_of_scikit_learn():
+    data, found = problem()
+    family, shapes = generalization.FAMILIES["RBF"]
+    y = found.targets.swapaxes(0, 1)
+    ours = regress(family, shapes, found.x, y, data.x_test, lambda: None)
+    for i, allowed in enumerate((REGULARISATION, REGULARISATION[:1])):
+        for noise in (0, 1):
+            errors = {}
+            for length in shapes:
+                for alpha in allowed:
+                    gp = GaussianProcessRegressor(
+                        kernels.RBF(length * 8), alpha=alpha, optimizer=None
+                    )
+                    gp.fit(found.x[:48], y[:48, noise])
+                    error = np.square(gp.predict(found.x[48:]) - y[48:, noise]).mean()
+                    errors[length, alpha] = error
+            length, alpha = min(errors, key=errors.get)
+            assert ours["shape"][i, noise] == length
+            assert ours["regularisation"][i, noise] == alpha
+            gp = GaussianProcessRegressor(kernels.RBF(length * 8), alpha=alpha, optimizer=None)
+            gp.fit(found.x, y[:, noise])
+            for name, x in (("train", found.x), ("test", data.x_test)):
+                np.testing.assert_allclose(ours[name][i, noise], gp.predict(x), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_deqs_regression_is_ridge_regression_with_its_kernel(x64):
+    data, found = problem()
+    family, shapes = generalization.FAMILIES["DEQ, NTK"]
+    y = found.targets.swapaxes(0, 1)
+    part = regress(family, shapes, found.x, y, data.x_test, lambda: None)
+    np.testing.assert_array_equal(part["train"][1].argmax(-1), found.labels)
+    for i in (0, 1):
+        for noise in (0, 1):
+            arch = Architecture(float(part["shape"][i, noise]), 1.0, 0.0, "relu")
+            kernel_fn = arch.kernel_fn(1)
+            ntk = np.asarray(kernel_fn(found.x, None, "ntk"))
+            ridge = KernelRidge(
+                alpha=part["regularisation"][i, noise] * np.trace(ntk) / 60, kernel="precomputed"
+            ).fit(ntk, found.targets[noise])
+            expected = ridge.predict(np.asarray(kernel_fn(data.x_test, found.x, "ntk")))
+            np.testing.assert_allclose(part["test"][i, noise], expected, atol=1e-7)
+            if i == 1:
+                forever = nt.predict.gradient_descent_mse_ensemble(
+                    kernel_fn, found.x, found.targets[noise]
+                )(t=None, x_test=data.x_test, get="ntk")
+                np.testing.assert_allclose(part["test"][i, noise], forever, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_the_numbers_that_it_writes(run):
+    results = json.loads((run / "results.json").read_text())
+    assert results["noises"] == [0.0, 0.2]
+    data, _ = problem()
+    for count in (20, 60):
+        summary = results["measured"][str(count)]
+        assert list(summary["kernels"]) == list(generalization.FAMILIES)
+        for by_mode in summary["kernels"].values():
+            # It interpolates: every label is fitted, the wrong ones too.
+            assert by_mode["interpolating"]["train_error"] == [0, 0]
+            assert by_mode["interpolating"]["regularisation"] == [REGULARISATION[0]] * 2
+        (file,) = (run / "parts").glob(f"DEQ-NTK-{count}.*")
+        wrong = np.load(file)["test"].argmax(-1) != data.y_test
+        for i, mode in enumerate(("tuned", "interpolating")):
+            np.testing.assert_allclose(
+                summary["kernels"]["DEQ, NTK"][mode]["test_error"], wrong[i].mean(-1)
+            )
+        comparison = summary["comparison"][1]
+        assert comparison["deq"].startswith("DEQ")
+        tuned = {k: v["tuned"]["test_error"][1] for k, v in summary["kernels"].items()}
+        ours, other = tuned[comparison["deq"]], tuned[comparison["other"]]
+        assert comparison["difference"] == pytest.approx(ours - other)
+        assert ours == min(v for k, v in tuned.items() if k.startswith("DEQ"))
+        assert other == min(v for k, v in tuned.items() if not k.startswith("DEQ"))
+    claims = results["claims"]
+    assert claims[0]["holds"]
+    page = (run / "report.md").read_text()
+    assert all(claim["claim"] in page for claim in claims)
+    networks = results["measured"]["20"]["networks"]
+    assert results["measured"]["60"]["networks"] == {}
+    assert list(networks) == ["16", "64"]
+    for i in (0, 1):
+        narrow, wide = (np.mean(networks[w]["distance"][i]) for w in ("16", "64"))
+        assert wide < narrow
+        # What they tend to is the kernel's interpolation, with the networks' W_std.
+        data, found = problem(20)
+        with jax.enable_x64(True):
+            forever = nt.predict.gradient_descent_mse_ensemble(
+                Architecture(0.6, 1.0, 0.0, "relu").kernel_fn(1), found.x, found.targets[i]
+            )(t=None, x_test=data.x_test, get="ntk")
+        for w in ("16", "64"):
+            (file,) = (run / "parts").glob(f"width-{w}-20.*")
+            distance = (
+                np.square(np.load(file)["learned"][i, :, 20:] - np.asarray(forever)).mean((1, 2))
+                ** 0.5
+            )
+            np.testing.assert_allclose(networks[w]["distance"][i], distance, rtol=1e-4)
+        assert networks["64"]["fits"][i] == [True, True]
+        assert networks["64"]["train_error"][i] == [0, 0]
+        assert max(networks["64"]["train_mse"][i]) <= 0.01 * 0.09
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_not_computed_again(run, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("it was computed again")
+
+    before = json.loads((run / "results.json").read_text())
+    monkeypatch.setattr(generalization, "regress", fail)
+    monkeypatch.setattr(interpolation, "train", fail)
+    generalization.main(TINY, Workdir(run))
+    assert json.loads((run / "results.json").read_text()) == before
+
+
+@pytest.mark.slow
+def test_a_network_that_does_not_fit_is_said_not_to(tmp_path):
+    data, found = problem(20)
+    trained = interpolation.train(
+        Architecture(0.6, 1.0, 0.0, "relu"), 16, found.x, found.targets, data.x_test,
+        learning_rate=1e-3, max_steps=10, enough=0.0009, seeds=2, seed=0, progress=lambda _: None,
+    )  # fmt: skip
+    assert trained["steps"] == 10
+    assert trained["learning_rate"] == 1e-3
+    assert trained["learned"].shape == (2, 2, 100, 10)
+    mse = np.square(trained["learned"][:, :, :20] - found.targets[:, None]).mean((2, 3))
+    np.testing.assert_allclose(trained["train_mse"], mse, rtol=1e-5)
+    assert (mse > 0.0009).all()
+    limit = {"limit": np.zeros((2, 80, 10))}
+    kernel = regress(
+        *generalization.FAMILIES["RBF"], found.x, found.targets.swapaxes(0, 1), data.x_test,
+        lambda: None,
+    )  # fmt: skip
+    summary = generalization_report.summarise(
+        data, found.labels, {"DEQ, NTK": kernel, "RBF": kernel}, {16: trained | limit}, 0.0009
+    )
+    assert summary["networks"][16]["fits"] == [[False] * 2] * 2
+    assert summary["comparison"][0]["difference"] == 0
+    claim = generalization_report._network_claim((0.0, 0.2), {20: summary})
+    assert not claim.holds
+    assert "Did not fit: width 16 on 20 images, right labels; width 16" in claim.measured
+
+
+def test_solve():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((9, 9))
+    kernel, y = a @ a.T, rng.standard_normal((9, 2, 3))
+    ridge = kernel + 0.3 * np.trace(kernel) / 9 * np.eye(9)
+    before = kernel.copy()
+    np.testing.assert_allclose(np.tensordot(ridge, solve(kernel, y, 0.3), 1), y, atol=1e-10)
+    np.testing.assert_array_equal(kernel, before)
+    with pytest.raises(np.linalg.LinAlgError):
+        solve(-kernel, y, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"counts": (100,)}, "--counts=100 has to be at least 2 different"),
+        ({"network_counts": (70,)}, "70 is not among --counts"),
+        ({"label_noise": 0.6}, "--label_noise=0.6 is too large"),
+        ({"W_std": 1.5}, "--W_std=1.5 is too large"),
+        ({"data_dir": "x"}, "for --data=mnist alone"),
+    ],
+)
+def test_settings_that_cannot_be_right(flags, message):
+    with pytest.raises(InputError, match=message):
+        generalization.Settings(**flags)
+
+
+@pytest.mark.slow
+def test_bad_flags_end_it_with_one_line(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-m", "experiments.generalization", f"--workdir={tmp_path}",
+         "--counts=100,5000"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: --n_train=5000")
+    assert process.stderr.count("\n") == 1

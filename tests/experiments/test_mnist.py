@@ -1,0 +1,84 @@
+"""The launcher of kernel regression on all images, at a tiny size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import mnist
+from experiments.data import load
+from experiments.errors import InputError, TrainingError
+from experiments.workdir import Workdir
+
+ROOT = Path(__file__).parents[2]
+TINY = dict(data="digits", n_train=150, n_test=40, diag_reg=1e-3)
+
+
+def run(path, **options):
+    mnist.main(mnist.Settings(**TINY | options), Workdir(path))
+    assert (path / "mnist.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((path / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_it_writes_what_it_found(tmp_path):
+    found = run(tmp_path, method="cg", rank=30)
+    data = load("digits", None, 150, 40, 0, centre=False)
+    np.testing.assert_allclose(np.square(data.x_train).mean(1), 1)  # of norm √d, as published
+    kernel_fn = mnist.Settings().kernel_fn(mnist.Settings().W_std)
+    kernel = np.asarray(kernel_fn(data.x_train, None, "ntk"), np.float64)
+    nngp = np.asarray(kernel_fn(data.x_train, None, "nngp"))
+    np.testing.assert_allclose(np.diag(nngp), 1, rtol=1e-5)  # V_std² E[φ²] = K*(x, x) = 1
+    kernel[np.diag_indices(150)] += 1e-3 * np.trace(kernel) / 150
+    alpha = np.linalg.solve(kernel, data.targets_train)
+    scores = np.asarray(kernel_fn(data.x_test, data.x_train, "ntk")) @ alpha
+    measured = found["measured"]
+    assert measured["accuracy"] == np.mean(scores.argmax(1) == data.y_test)
+    assert measured["residual"] <= 1e-5
+    assert len(measured["residuals"]) == measured["steps"]
+    assert [claim["holds"] for claim in found["claims"]] == [True]
+    assert measured["peak_bytes"] > 1e8
+
+
+@pytest.mark.slow
+def test_it_tunes_and_keeps_a_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(mnist, "TUNED_W_STD", (0.5, 0.9))
+    monkeypatch.setattr(mnist, "TUNED_DIAG_REG", (1e-3, 10.0))
+    found = run(tmp_path, tune=True, store=str(tmp_path / "kernel"))
+    tuned = found["measured"]["tuned"]
+    assert len(tuned) == 4
+    assert tuned[0]["accuracy"] == max(row["accuracy"] for row in tuned)
+    assert found["measured"]["W_std"] == tuned[0]["W_std"]
+    assert found["measured"]["plan"]["keep"] == "store"
+    with pytest.raises(InputError, match="another kernel"):
+        run(tmp_path, store=str(tmp_path / "kernel"), b_std=0.1)
+
+
+def test_settings_that_cannot_be_right(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="get='cov'"):
+        run(tmp_path, get="cov")
+    monkeypatch.setattr("nt_deq.regression.plan.available_memory", lambda layout: 1e6)
+    with pytest.raises(TrainingError, match="needs"):
+        run(tmp_path, method="cg", keep="memory")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_dir=nowhere"], "--data_dir=nowhere has neither"),
+        (["--data=digits"], "--n_train=60000"),
+        (["--data=digits", "--n_train=50", "--n_test=20", "--W_std=2"], "W_std=2"),
+    ],
+)
+def test_bad_flags_are_errors_of_one_line(flags, message, tmp_path):
+    command = [sys.executable, "-m", "experiments.mnist", f"--workdir={tmp_path}", *flags]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in ended.stderr
