@@ -19,7 +19,7 @@ JAX_VERSIONS := 0.5.3 0.7.2 0.9.2
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
-	$(RUN) experiments.compare --workdir=out/demo
+	$(RUN) experiments.claims.compare --workdir=out/demo
 
 test: .venv/.ready
 	$(QUICK) $(PYTEST) -m "not slow"

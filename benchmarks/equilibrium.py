@@ -31,7 +31,7 @@ from jax.custom_derivatives import linear_call
 
 import nt_deq
 from benchmarks import _measure
-from experiments.report import BLUE, GREEN, ORANGE, RED, console_table, figure_style
+from experiments.lib.report import BLUE, GREEN, ORANGE, RED, console_table, figure_style
 
 try:
     import torch

@@ -18,7 +18,7 @@ from sklearn import datasets
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from experiments.report import console_table
+from experiments.lib.report import console_table
 from nt_deq.sklearn import DEQClassifier, DEQRegressor
 
 FOLDS, MOST = 5, 600  # rows

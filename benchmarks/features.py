@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _measure
-from experiments.data import Dataset, load
+from experiments.lib.data import Dataset, load
 
 SETTING = dict(W_std=0.5**0.5, U_std=0.5, b_std=0.5**0.5)
 V_STD, DIAG_REG, BATCH, DEGREE, SAMPLE = 2**0.5, 1e-4, 2000, 8, 1000

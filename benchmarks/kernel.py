@@ -133,7 +133,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """Time against the number of inputs, one panel a dtype, into docs/."""
-    from experiments.report import BLACK, BLUE, GREEN, ORANGE, RED, SKY, figure_style
+    from experiments.lib.report import BLACK, BLUE, GREEN, ORANGE, RED, SKY, figure_style
 
     lines = {
         "relu, 100 layers": ("100 explicit layers", RED, ":"),

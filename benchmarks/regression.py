@@ -24,8 +24,8 @@ import numpy as np
 
 from nt_deq import nt, stax
 from benchmarks import _measure
-from experiments.data import Dataset, load
-from experiments.report import fit_power_law
+from experiments.lib.data import Dataset, load
+from experiments.lib.report import fit_power_law
 
 LAYERS, DIAG_REG, LIMIT, TEST = 30, 1e-3, 1800, 500
 W_STD, U_STD, B_STD = 0.7, 0.5, 0.7

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from nt_deq import Unrolled
 from benchmarks import _measure
-from experiments.report import console_table
+from experiments.lib.report import console_table
 from nt_deq.flax import Conv, FixedPoint
 from nt_deq.iterations import Iteration
 

@@ -1,7 +1,6 @@
-"""Experiments, one launcher a claim: `python -m experiments.NAME --workdir=DIR`.
+"""Experiments: `python -m experiments.claims.NAME --workdir=DIR`, `experiments.train.NAME`.
 
-Shared by the launchers: `launch` (flags, errors, Ctrl-C), `workdir` (what is kept in DIR), `data`
-(images and labels), `report` (tables, fits, figures).
+`experiments.all` runs every claim and puts what they found on one page.
 """
 
 import nt_deq  # noqa: F401  # before neural-tangents, which it makes importable

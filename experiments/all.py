@@ -20,10 +20,10 @@ import sys
 import time
 from dataclasses import dataclass
 
-from experiments import html_report, launch
-from experiments.errors import InputError
-from experiments.launch import flag
-from experiments.workdir import Workdir, versions
+from experiments.lib import html_report, launch
+from experiments.lib.launch import flag
+from experiments.lib.workdir import Workdir, versions
+from nt_deq.errors import InputError
 
 LAUNCHERS = (
     "covariance", "gaussianity", "limits", "spectrum", "phase", "generalization", "dynamics",
@@ -77,7 +77,7 @@ def finished(settings: Settings, workdir: Workdir, name: str) -> bool:
     if not file.exists():
         return False
     results = json.loads(file.read_text(encoding="utf-8"))
-    launcher = importlib.import_module(f"experiments.{name}")
+    launcher = importlib.import_module(f"experiments.claims.{name}")
     config = launcher.FULL if settings.config == "full" else {}
     wanted = dataclasses.asdict(launcher.Settings(**{**config, **settings.values(name)}))
     return (results["settings"], results["versions"]) == (
@@ -92,7 +92,12 @@ def run(settings: Settings, workdir: Workdir, name: str) -> str | None:
     Returns:
       `None`, or why it has no results.
     """
-    command = [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir.path / name}"]
+    command = [
+        sys.executable,
+        "-m",
+        f"experiments.claims.{name}",
+        f"--workdir={workdir.path / name}",
+    ]
     command += [f"--config={settings.config}"] if settings.config else []
     command += [f"--{flag}={value}" for flag, value in settings.values(name).items()]
     status = subprocess.run(command, check=False).returncode

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from experiments import all as run_all
-from experiments import html_report, phase, report
-from experiments.errors import InputError
-from experiments.workdir import Workdir, versions
+from experiments.claims import phase
+from experiments.lib import html_report, report
+from experiments.lib.workdir import Workdir, versions
+from nt_deq.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 LINKS = ("src", "href", "srcset", "data", "action", "poster")
@@ -115,7 +116,7 @@ def test_what_is_handed_on(tmp_path, monkeypatch):
 
     def pretend(command, check):
         commands.append(command)
-        name = command[2].removeprefix("experiments.")
+        name = command[2].removeprefix("experiments.claims.")
         if name == "spectrum":
             return subprocess.CompletedProcess(command, -9)
         write_results(tmp_path, name, {}, [report.Claim(f"{name}'s", "m", True)])
@@ -129,9 +130,13 @@ def test_what_is_handed_on(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"1 of 3 launchers failed: spectrum\."):
         run_all.main(settings, workdir)
     of = {command[2]: command[3:] for command in commands}
-    assert list(of) == ["experiments.spectrum", "experiments.phase", "experiments.compare"]
-    assert of["experiments.phase"] == [f"--workdir={tmp_path / 'phase'}", "--config=full"]
-    assert of["experiments.compare"][1:] == [
+    assert list(of) == [
+        "experiments.claims.spectrum",
+        "experiments.claims.phase",
+        "experiments.claims.compare",
+    ]
+    assert of["experiments.claims.phase"] == [f"--workdir={tmp_path / 'phase'}", "--config=full"]
+    assert of["experiments.claims.compare"][1:] == [
         "--config=full",
         "--data=mnist",
         "--data_dir=some/directory",
@@ -175,7 +180,7 @@ def test_it_runs_launchers_and_keeps_them(tmp_path):
 def test_sigterm_ends_the_launchers_that_it_has_started(tmp_path):
     program = """
 import subprocess, sys
-from experiments import launch
+from experiments.lib import launch
 def job(settings, workdir):
     child = "import time; print('started', flush=True); time.sleep(600)"
     subprocess.run([sys.executable, "-c", child], check=False)

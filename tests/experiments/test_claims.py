@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import nt_deq
-from experiments import covariance, gaussianity, limits, phase, random_networks, spectrum
-from experiments.errors import InputError
-from experiments.report import Claim, markdown_table
-from experiments.workdir import Workdir
+from experiments.claims import covariance, gaussianity, limits, phase, spectrum
+from experiments.lib import random_networks
+from experiments.lib.report import Claim, markdown_table
+from experiments.lib.workdir import Workdir
+from nt_deq.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,7 +214,7 @@ def test_settings_that_cannot_be_right(make, message):
 
 @pytest.mark.slow
 def test_a_configuration_gives_way_to_flags(tmp_path):
-    command = [sys.executable, "-m", "experiments.covariance", f"--workdir={tmp_path}"]
+    command = [sys.executable, "-m", "experiments.claims.covariance", f"--workdir={tmp_path}"]
     sizes = ["--networks=20", "--mean_width=16", "--widths=8,16,32", "--inputs_count=2"]
     subprocess.run([*command, "--config=full", *sizes], cwd=ROOT, check=True, timeout=300)
     settings = json.loads((tmp_path / "results.json").read_text())["settings"]

@@ -15,13 +15,14 @@ import neural_tangents as nt
 import numpy as np
 import pytest
 
-from experiments import finite, infinite
-from experiments.compare import Settings, compare
-from experiments.data import load
-from experiments.errors import InputError, TrainingError
-from experiments.network import Architecture, split
-from experiments.report import console_table, fit_power_law, markdown_table
-from experiments.workdir import Workdir
+from experiments.claims.compare import Settings, compare
+from experiments.lib import infinite, training
+from experiments.lib.data import load
+from experiments.lib.networks import Architecture, split
+from experiments.lib.report import console_table, fit_power_law, markdown_table
+from experiments.lib.training import TrainingError
+from experiments.lib.workdir import Workdir
+from nt_deq.errors import InputError
 
 pytestmark = pytest.mark.xdist_group("compare")  # by one worker: the networks are trained once
 
@@ -52,7 +53,7 @@ def no_training(monkeypatch):
     def train(*args, width, **kwargs):
         raise AssertionError(f"width {width} was trained again")
 
-    monkeypatch.setattr(finite, "train", train)
+    monkeypatch.setattr(training, "train", train)
 
 
 def test_the_numbers_that_it_writes(run):
@@ -156,7 +157,7 @@ def test_time_is_learning_rate_times_steps_as_in_neural_tangents(x64):
     kernel = x @ x.T
     learning_rate = float(nt.predict.max_learning_rate(kernel, y.size)) / 2000
     steps = 1500
-    trained, _, _ = finite.gradient_descent(
+    trained, _, _ = training.gradient_descent(
         linear, params, jnp.zeros((3, 6, 1)), x, y, learning_rate, steps
     )
     for before, after in zip(params, trained, strict=True):
@@ -169,7 +170,7 @@ def test_time_is_learning_rate_times_steps_as_in_neural_tangents(x64):
 def test_training_is_gradient_descent_from_a_fresh_equilibrium(x64):
     data = load("digits", None, 8, 5, seed=0)
     x, y, x_test = data.x_train, data.targets_train, data.x_test
-    trained = finite.train(
+    trained = training.train(
         RELU, 12, x, y, x_test, learning_rate=5.0, steps=[0, 3, 9], seeds=2, seed=0,
         progress=lambda steps: None,
     )  # fmt: skip
@@ -223,7 +224,7 @@ def test_discretisation_is_far_below_the_distance_at_width_1024():
 def test_divergence_is_an_error(run):
     data = load("digits", None, 8, 5, seed=0)
     with pytest.raises(TrainingError, match=r"width 8, step \d+: .* take --learning_rate below"):
-        finite.train(
+        training.train(
             RELU, 8, data.x_train, data.targets_train, data.x_test, learning_rate=1e5,
             steps=[0, 40], seeds=2, seed=0, progress=lambda steps: None,
         )  # fmt: skip
@@ -258,7 +259,7 @@ def test_flags_that_only_the_kernel_can_refuse(tmp_path):
 
 
 def launch(*flags):
-    command = [sys.executable, "-m", "experiments.compare", *flags]
+    command = [sys.executable, "-m", "experiments.claims.compare", *flags]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

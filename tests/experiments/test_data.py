@@ -7,8 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from experiments.data import load
-from experiments.errors import InputError
+from experiments.lib.data import load
+from nt_deq.errors import InputError
 
 MNIST = os.environ.get("NT_DEQ_MNIST")
 

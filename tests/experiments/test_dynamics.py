@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from test_claims import launch
 
-from experiments import dynamics, finite
-from experiments.data import load
-from experiments.errors import InputError
-from experiments.network import Architecture, split
+from experiments.claims import dynamics
+from experiments.lib import training
+from experiments.lib.data import load
+from experiments.lib.networks import Architecture, split
+from nt_deq.errors import InputError
 
 TINY = dynamics.Settings(
     n_train=8, n_test=10, widths=(16, 256), seeds=4, steps=4, ntk_inputs=3, float64=True
@@ -122,7 +123,7 @@ def test_all_distances_fall_with_width(run):
 def test_the_empirical_ntk_is_that_of_500_layers(architecture, x64):
     data = load("digits", None, 4, 1, seed=0)
     x, y, width = data.x_train, data.targets_train, 10
-    trained = finite.train(
+    trained = training.train(
         architecture, width, x, y, data.x_test, learning_rate=1.0, steps=[0], seeds=2, seed=3,
         progress=lambda steps: None, ntk_inputs=3,
     )  # fmt: skip

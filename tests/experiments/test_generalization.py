@@ -13,17 +13,13 @@ from neural_tangents import stax
 from sklearn.gaussian_process import GaussianProcessRegressor, kernels
 from sklearn.kernel_ridge import KernelRidge
 
-from experiments import (
-    generalization,
-    generalization_report,
-    interpolation,
-    kernel_regression,
-)
-from experiments.data import load
-from experiments.errors import InputError
-from experiments.kernel_regression import REGULARISATION, regress, solve
-from experiments.network import Architecture
-from experiments.workdir import Workdir
+from experiments.claims import generalization, generalization_report
+from experiments.lib import interpolation, kernel_regression
+from experiments.lib.data import load
+from experiments.lib.kernel_regression import REGULARISATION, regress, solve
+from experiments.lib.networks import Architecture
+from experiments.lib.workdir import Workdir
+from nt_deq.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 TINY = generalization.Settings(
@@ -259,7 +255,7 @@ def test_settings_that_cannot_be_right(flags, message):
 @pytest.mark.slow
 def test_bad_flags_end_it_with_one_line(tmp_path):
     process = subprocess.run(
-        [sys.executable, "-m", "experiments.generalization", f"--workdir={tmp_path}",
+        [sys.executable, "-m", "experiments.claims.generalization", f"--workdir={tmp_path}",
          "--counts=100,5000"],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import mnist
-from experiments.data import load
-from experiments.errors import InputError, TrainingError
-from experiments.workdir import Workdir
+from experiments.lib.data import load
+from experiments.lib.workdir import Workdir
+from experiments.train import mnist
+from nt_deq.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 TINY = dict(data="digits", n_train=150, n_test=40, diag_reg=1e-3)
@@ -61,7 +61,7 @@ def test_settings_that_cannot_be_right(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="get='cov'"):
         run(tmp_path, get="cov")
     monkeypatch.setattr("nt_deq.regression.plan.available_memory", lambda layout: 1e6)
-    with pytest.raises(TrainingError, match="needs"):
+    with pytest.raises(MemoryError, match="needs"):
         run(tmp_path, method="cg", keep="memory")
 
 
@@ -75,7 +75,7 @@ def test_settings_that_cannot_be_right(tmp_path, monkeypatch):
     ],
 )
 def test_bad_flags_are_errors_of_one_line(flags, message, tmp_path):
-    command = [sys.executable, "-m", "experiments.mnist", f"--workdir={tmp_path}", *flags]
+    command = [sys.executable, "-m", "experiments.train.mnist", f"--workdir={tmp_path}", *flags]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
     last = ended.stderr.strip().splitlines()[-1]

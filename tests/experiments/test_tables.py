@@ -1,4 +1,4 @@
-"""`experiments.compare` on a table of the user's own, in units of its own, run as a user does."""
+"""`compare` on a table of the user's own, in units of its own, run as a user does."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def save(path, dataset, n):
 
 def compare(folder, *flags):
     """Runs it from another folder; returns what it printed, its page and its numbers."""
-    command = [sys.executable, "-m", "experiments.compare", "--workdir=out", *flags]
+    command = [sys.executable, "-m", "experiments.claims.compare", "--workdir=out", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     found = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False

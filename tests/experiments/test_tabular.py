@@ -15,11 +15,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from experiments import ranking, tabular, tabular_methods, tabular_report
-from experiments.errors import InputError
-from experiments.network import Architecture
-from experiments.tabular_methods import METHODS
-from experiments.workdir import Workdir
+from experiments.lib.networks import Architecture
+from experiments.lib.workdir import Workdir
+from experiments.train import ranking, tabular, tabular_methods, tabular_report
+from experiments.train.tabular_methods import METHODS
+from nt_deq.errors import InputError
 
 # Demšar (2006), table 6: AUC of C4.5, C4.5+m, C4.5+cf and C4.5+m+cf on 14 data sets. The last two
 # on voting, both 0.975 there, have the ranks 2 and 3.

@@ -22,13 +22,16 @@ from flax import nnx
 from jax import lax
 from marks import slow_except
 
-from experiments import classifier, train, trained
-from experiments.classifier import Classifier, make_optimizer, make_schedule, shifted
-from experiments.data import load
-from experiments.errors import InputError, TrainingError
-from experiments.network import Architecture, Network
-from experiments.train import Settings
-from experiments.workdir import Workdir
+from experiments.lib import minibatch
+from experiments.lib.data import load
+from experiments.lib.minibatch import Classifier, make_optimizer, make_schedule, shifted
+from experiments.lib.networks import Architecture, Network
+from experiments.lib.training import TrainingError
+from experiments.lib.workdir import Workdir
+from experiments.train import classifier as train
+from experiments.train import trained
+from experiments.train.classifier import Settings
+from nt_deq.errors import InputError
 from nt_deq.iterations import Iteration
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +154,7 @@ def test_evaluation_in_parts(monkeypatch):
     one = Classifier(network, make_optimizer("sgd", lambda step: 0.1, 0.0), "cross_entropy")
     params = one.init().params
     whole = one.evaluate(params, *data_of(data))
-    monkeypatch.setattr(classifier, "EVALUATION_BATCH", 7)
+    monkeypatch.setattr(minibatch, "EVALUATION_BATCH", 7)
     parts = one.evaluate(params, *data_of(data))
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
     assert parts[1:3] == whole[1:3]
@@ -245,7 +248,7 @@ KILLED = Settings(
 def kill_when(condition, path, delay=0.0):
     """Runs the launcher, and ends it by SIGKILL `delay` seconds after `condition(path)`."""
     flags = [f"--{k}={v}" for k, v in vars(KILLED).items() if v is not None]
-    command = [sys.executable, "-m", "experiments.train", f"--workdir={path}", *flags]
+    command = [sys.executable, "-m", "experiments.train.classifier", f"--workdir={path}", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not condition(path):

@@ -1,0 +1,134 @@
+"""The figure of the comparison: losses, distances, and what is predicted of held-out inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from experiments.claims.compare_analysis import Comparison, Ensemble
+from experiments.lib.data import Dataset
+from experiments.lib.figures import draw_fit, draw_networks, log_ticks, time_axis, width_colours
+from experiments.lib.report import BLACK, RED
+
+
+def draw(plt: Any, data: Dataset, comparison: Comparison) -> Any:
+    """Draws it."""
+    figure = plt.figure(figsize=(13, 8.4))
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1], hspace=0.04)
+    train, test, distance = top.subplots(1, 3, width_ratios=[1, 1, 1.15])
+    test.sharey(train)
+    _draw_losses(plt, (train, test), data.name_of_inputs, comparison)
+    _draw_distances(plt, distance, comparison)
+    (_draw_scores if data.classes else _draw_regression)(plt, bottom, data, comparison)
+    return figure
+
+
+def describe(e: Ensemble) -> str:
+    """As in `8 networks of width 64`."""
+    return f"{e.distances.shape[1]} networks of width {e.width}"
+
+
+def _draw_losses(plt: Any, axes: Any, inputs: str, comparison: Comparison) -> None:
+    t = comparison.times
+    for ax, title, attribute in (
+        (axes[0], f"(a) error on training {inputs}", "train_mse"),
+        (axes[1], f"(a) error on held-out {inputs}", "test_mse"),
+    ):
+        for e, colour in zip(
+            comparison.ensembles, width_colours(plt, comparison.ensembles), strict=True
+        ):
+            mse = getattr(e, attribute)
+            mean, std = mse.mean(1), mse.std(1, ddof=1)
+            # A band of logarithms: it stays above 0.
+            spread = np.exp(std / mean)
+            ax.fill_between(t, mean / spread, mean * spread, color=colour, alpha=0.35, lw=0)
+            ax.plot(t, mean, color=colour, lw=1, label=f"width {e.width}: mean ± std")
+        limit = getattr(comparison, f"limit_{attribute}")
+        ax.plot(t, limit, color=BLACK, lw=1.8, ls="--", label="infinite width (NTK)")
+        ax.set_yscale("log")
+        time_axis(ax, t)
+        ax.set_title(title)
+    log_ticks(axes[0])
+    axes[0].set_ylabel("mean squared error of one network")
+    axes[0].legend(loc="lower left")
+
+
+def _draw_distances(plt: Any, ax: Any, comparison: Comparison) -> None:
+    widths = [e.width for e in comparison.ensembles]
+    distances = [e.distances[-1] for e in comparison.ensembles]
+    draw_networks(ax, widths, distances, width_colours(plt, widths))
+    fit = comparison.fits[-1]
+    draw_fit(ax, widths, fit, f"fit: slope {fit}", "theory: slope −1/2")
+    log_ticks(ax)
+    ax.set_title("(b) distance to the infinite-width prediction")
+    ax.set_ylabel(f"RMS over held-out outputs, t = {comparison.times[-1]:.4g}")
+    ax.legend(loc="lower left")
+
+
+def _draw_scores(plt: Any, figure: Any, data: Dataset, comparison: Comparison) -> None:
+    """Four held-out inputs: their pictures, if they are images, above the scores of all classes."""
+    limit, e = comparison.ntk, comparison.ensembles[-1]
+    colour = width_colours(plt, comparison.ensembles)[-1]
+    ranked = np.sort(limit.mean, axis=1)
+    by_margin = np.argsort(ranked[:, -1] - ranked[:, -2])
+    rows = by_margin[[round(q * (len(by_margin) - 1)) for q in (0.02, 0.1, 0.5, 0.98)]]
+    if data.images_test is None:
+        axes = figure.subplots(1, 4, sharey=True)
+        titled = axes
+    else:
+        titled, axes = figure.subplots(2, 4, height_ratios=[1, 2.2], sharey="row")
+        for image, row in zip(titled, rows, strict=True):
+            image.imshow(data.images_test[row], cmap="gray_r", interpolation="nearest")
+            image.set_axis_off()
+    classes = np.arange(len(data.classes))
+    for ax, title, row in zip(axes, titled, rows, strict=True):
+        title.set_title(f"a held-out {data.classes[data.y_test[row]]}", loc="center")
+        ax.axvspan(data.y_test[row] - 0.5, data.y_test[row] + 0.5, color="#eeeeee", zorder=0)
+        for mean, std, shift, style in (
+            (limit.mean, limit.std, -0.15, {"fmt": "s", "color": BLACK, "label": "infinite width"}),
+            (e.mean, e.std, 0.15, {"fmt": "o", "color": colour, "label": describe(e)}),
+        ):
+            std = np.broadcast_to(std, mean.shape)
+            ax.errorbar(classes + shift, mean[row], std[row], ms=4, lw=1.4, **style)
+        ax.axhline(0, color=BLACK, lw=0.6)
+        ax.set_xticks(classes, [str(label) for label in data.classes])
+        ax.grid(axis="x", visible=False)
+        ax.set_xlabel("class (shaded: the true one)")
+    axes[0].set_ylabel("score: mean ± std over initialisations")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="upper right",
+        ncols=2,
+        bbox_to_anchor=(1, 1.03),
+        borderaxespad=0.2,
+    )
+    figure.suptitle(
+        f"(c) class scores of held-out {data.name_of_inputs} after training "
+        f"(t = {comparison.times[-1]:.4g}), from the least to the most certain",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
+
+
+def _draw_regression(plt: Any, figure: Any, data: Dataset, comparison: Comparison) -> None:
+    """Every held-out input, by what the infinitely wide network predicts: the first target."""
+    limit, e = comparison.ntk, comparison.ensembles[-1]
+    colour = width_colours(plt, comparison.ensembles)[-1]
+    order = np.argsort(limit.mean[:, 0])
+    rank, mean, std = np.arange(len(order)), limit.mean[order, 0], limit.std[order, 0]
+    ax = figure.subplots()
+    ax.plot(rank, data.targets_test[order, 0], "x", ms=4, color=RED, label="held-out targets")
+    ax.fill_between(rank, mean - std, mean + std, color="#cccccc", lw=0)
+    ax.plot(rank, mean, color=BLACK, label="infinite width: mean ± std over initialisations")
+    ax.errorbar(
+        rank, e.mean[order, 0], e.std[order, 0], fmt="o", ms=3, lw=0.8, color=colour,
+        label=describe(e),
+    )  # fmt: skip
+    ax.set_xlim(-1, len(order))
+    ax.set_xlabel(f"held-out {data.name_of_inputs}, by the prediction at infinite width")
+    outputs = data.targets_test.shape[1]
+    ax.set_ylabel(f"target{f' 1 of {outputs}' if outputs > 1 else ''}, standardised")
+    ax.legend(loc="upper left")
+    ax.set_title(f"(c) predictions after training (t = {comparison.times[-1]:.4g})")

@@ -1,0 +1,184 @@
+"""The covariance of wide random deep equilibrium networks is that of the Gaussian process.
+
+The mean of `h hᵀ/n` over many networks of one width, and that of single networks of growing width,
+against `Σ*`. Writes results.json, covariance.png and report.md to --workdir.
+
+    python -m experiments.claims.covariance --workdir=out/covariance
+    python -m experiments.claims.covariance --workdir=out/covariance-full --config=full
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.lib import launch, random_networks, report
+from experiments.lib.launch import flag
+from experiments.lib.random_networks import ACTIVATIONS, relative_error
+from experiments.lib.workdir import Workdir
+from nt_deq.errors import InputError
+
+PUBLISHED = {"tanh": 5.5e-5, "relu": 3.2e-6}  # at width 1000, of the mean over 10⁴ networks
+FULL = {
+    "mean_width": 1000,
+    "networks": 10_000,
+    "widths": tuple(2**i for i in range(5, 13)),
+    "repeats": 20,
+}
+
+
+@dataclass(frozen=True)
+class Settings(random_networks.Settings):
+    """The flags."""
+
+    inputs_count: int = flag(10, "Gaussian inputs of 10 features", at_least=1)
+    mean_width: int = flag(256, "width of the networks whose covariances are averaged", at_least=1)
+    networks: int = flag(1000, "how many are averaged", at_least=2)
+    widths: tuple[int, ...] = flag(
+        (32, 64, 128, 256, 512, 1024), "widths of the single networks", at_least=2
+    )
+    repeats: int = flag(12, "single networks of each width", at_least=2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.widths)) < max(3, len(self.widths)):
+            raise InputError(
+                f"--widths={launch.format_value(self.widths)} has to be at least three different "
+                "widths: a slope is fitted."
+            )
+
+
+def measure(settings: Settings, workdir: Workdir, activation: str) -> dict[str, Any]:
+    """Measures one activation; the numbers are those of results.json."""
+    x = settings.inputs(settings.inputs_count)
+    limit = settings.limit(x, activation)
+
+    def covariances(width, count):
+        drawn = random_networks.sample(
+            settings, workdir, x, activation=activation, width=width, count=count
+        )
+        return random_networks.converged(drawn)["covariances"]
+
+    ensemble = covariances(settings.mean_width, settings.networks)
+    mean = ensemble.mean(axis=0)
+    # What the mean of as many independent networks is off by chance, if it were off by no more.
+    chance = np.sum(ensemble.var(axis=0, ddof=1)) / len(ensemble) / np.sum(limit**2)
+    widths = sorted(settings.widths)
+    errors = [relative_error(covariances(width, settings.repeats), limit) for width in widths]
+    used = [len(e) for e in errors]
+    fit = report.fit_power_law(np.repeat(widths, used), np.concatenate(errors))
+    return {
+        "limit": limit.tolist(),
+        "mean_covariance": mean.tolist(),
+        "networks_used": len(ensemble),
+        "mean_error": float(relative_error(mean, limit)),
+        "chance_error": float(chance),
+        "widths": widths,
+        "single_errors": [e.tolist() for e in errors],
+        "slope": dataclasses.asdict(fit),
+        "error_times_width": float(
+            np.mean([np.mean(e) * w for e, w in zip(errors, widths, strict=True)])
+        ),
+    }
+
+
+def _claims(settings: Settings, found: dict[str, dict[str, Any]]) -> list[report.Claim]:
+    claims = []
+    for activation, f in found.items():
+        bias = 15.0 / settings.mean_width**2  # 1/width in every entry, squared
+        claims.append(
+            report.Claim(
+                f"{activation}: the mean covariance of many wide networks is Σ*: published, 10⁴ "
+                f"networks of width 1000, relative squared error near {PUBLISHED[activation]:.2g}.",
+                f"{f['networks_used']} networks of width {settings.mean_width}: "
+                f"{f['mean_error']:.2g}, of which {f['chance_error']:.2g} is what that number of "
+                "networks is off by chance; it has to be below 4 times that and "
+                f"15/width² = {bias:.2g} together.",
+                f["mean_error"] <= 4 * f["chance_error"] + bias,
+            )
+        )
+        s = f["slope"]
+        claims.append(
+            report.Claim(
+                f"{activation}: the relative squared error of one network falls as 1/width: "
+                "published near 15/width.",
+                f"width^{s['exponent']:.3f} (95 % interval {s['low']:.3f} to {s['high']:.3f}, over "
+                f"{settings.repeats} networks of each of {len(f['widths'])} widths); error · width "
+                f"is {f['error_times_width']:.1f} on average.",
+                s["low"] <= -1 <= s["high"],
+            )
+        )
+    return claims
+
+
+def _draw(settings: Settings, found: dict[str, dict[str, Any]], plt: Any) -> Any:
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(1, 1, 1.2))
+    for ax, (activation, f) in zip(axes, found.items(), strict=False):
+        limit, mean = np.array(f["limit"]), np.array(f["mean_covariance"])
+        ax.plot(limit.ravel(), limit.ravel(), color=report.BLACK, lw=1, label="equal")
+        ax.plot(limit.ravel(), mean.ravel(), "o", ms=4, color=report.BLUE, alpha=0.7)
+        ax.set(
+            title=f"{activation}: mean of {f['networks_used']} networks\n"
+            f"(width {settings.mean_width}), every pair of inputs",
+            xlabel="covariance at infinite width, Σ*",
+            ylabel="mean covariance of finite networks",
+        )
+        ax.legend()
+    for (activation, f), colour in zip(found.items(), (report.BLUE, report.RED), strict=True):
+        for width, errors in zip(f["widths"], f["single_errors"], strict=True):
+            axes[2].loglog([width] * len(errors), errors, ".", color=colour, alpha=0.35)
+        s = f["slope"]
+        line = s["scale"] * np.array(f["widths"], float) ** s["exponent"]
+        axes[2].loglog(
+            f["widths"], line, color=colour, label=f"{activation}: width^{s['exponent']:.2f}"
+        )
+    widths = np.array(sorted(settings.widths))
+    axes[2].loglog(widths, 15 / widths, "--", color=report.BLACK, label="published: 15/width")
+    axes[2].set(
+        title="One network: distance to Σ*\n(a dot is a network)",
+        xlabel="width",
+        ylabel="relative squared error",
+        xticks=widths,
+        xticklabels=widths,
+    )
+    axes[2].minorticks_off()
+    axes[2].legend()
+    return figure
+
+
+def main(settings: Settings, workdir: Workdir) -> None:
+    """Measures both activations and writes the report."""
+    found = {activation: measure(settings, workdir, activation) for activation in ACTIVATIONS}
+    rows = [
+        [activation, str(w), f"{np.mean(e):.3g}", f"{np.std(e, ddof=1):.2g}"]
+        for activation, f in found.items()
+        for w, e in zip(f["widths"], f["single_errors"], strict=True)
+    ]
+    report.write_claims(
+        workdir,
+        "covariance",
+        title="The covariance of wide random networks is Σ*",
+        introduction="A network's covariance is `h hᵀ/n`, with `h = φ(z*)` at its equilibrium and "
+        "`n` its width; `Σ* = E[φ(z*)φ(z*)ᵀ]` is computed from the kernel equation. Errors are "
+        "`‖C - Σ*‖²/‖Σ*‖²` in Frobenius norm.",
+        caption="Left and middle: every entry of the mean covariance against the same of Σ*. "
+        "Right: single networks of growing width.",
+        settings=dataclasses.asdict(settings),
+        claims=_claims(settings, found),
+        numbers={"published": PUBLISHED, "measured": found},
+        tables=[
+            report.Table(
+                ("activation", "width", "mean relative squared error", "its standard deviation"),
+                rows,
+                "Single networks",
+            )
+        ],
+        draw=lambda plt: _draw(settings, found, plt),
+    )
+
+
+if __name__ == "__main__":
+    launch.main(Settings, main, {"full": FULL})

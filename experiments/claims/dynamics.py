@@ -1,0 +1,307 @@
+"""Gradient descent on a wide deep equilibrium network is that of its NTK, at every step.
+
+The loss and the predictions of finite networks during training against the closed form from the
+same starts, and how far their empirical NTK is from its limit and drifts from its start. Writes
+results.json, dynamics.png and report.md to --workdir.
+
+    python -m experiments.claims.dynamics --workdir=out/dynamics
+    python -m experiments.claims.dynamics --workdir=out/dynamics-full --config=full
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.lib import ensembles, figures, infinite, launch, report
+from experiments.lib.data import Dataset
+from experiments.lib.launch import flag
+from experiments.lib.report import PowerLaw
+from experiments.lib.workdir import Arrays, Workdir
+from nt_deq.errors import InputError
+
+FULL = {"widths": tuple(2**i for i in range(6, 12))}
+
+
+@dataclass(frozen=True)
+class Settings(ensembles.Settings):
+    """The flags."""
+
+    n_train: int = flag(64, "training images, drawn at random", at_least=2)
+    n_test: int = flag(200, "test images, drawn at random", at_least=1)
+    widths: tuple[int, ...] = flag((64, 128, 256), "widths of the finite networks", at_least=1)
+    steps: int = flag(
+        32, "steps of gradient descent; the training time is learning_rate · steps", at_least=1
+    )
+    ntk_inputs: int = flag(
+        16, "training images between which the empirical NTK is recorded", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ntk_inputs > self.n_train:
+            raise InputError(
+                f"--ntk_inputs={self.ntk_inputs} is too large: they are training images, of which "
+                f"there are --n_train={self.n_train}."
+            )
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What was measured of the networks of one width.
+
+    Attributes:
+      loss, closed_form_loss: `½ mean (f - y)²` on the training images, `(steps, seeds)`.
+      loss_deviation: `|loss / closed_form_loss - 1|`, `(steps, seeds)`.
+      distance: RMS over held-out images and outputs from the closed form, `(steps, seeds)`.
+      ntk_drift: `‖Θₜ - Θ₀‖/‖Θ₀‖` in Frobenius norm, `(steps, seeds)`.
+      ntk_error: `‖Θ₀ - Θ*‖/‖Θ*‖`, `(seeds,)`.
+    """
+
+    loss: np.ndarray
+    closed_form_loss: np.ndarray
+    loss_deviation: np.ndarray
+    distance: np.ndarray
+    ntk_drift: np.ndarray
+    ntk_error: np.ndarray
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """All that is reported; the fits at steps are after every recorded step but 0.
+
+    Attributes:
+      steps: recorded.
+      times: learning rate times these.
+      ensembles: by increasing width.
+      loss_fit: of the largest deviation of a network's loss over all steps.
+      distance_fits, drift_fits: at steps.
+      widest_fit: of the distance after the last step, of the two largest widths alone.
+      local_slopes: of the mean distance after the last step, between neighbouring widths.
+      ntk_fit: of the distance of `Θ₀` from `Θ*`.
+    """
+
+    steps: list[int]
+    times: np.ndarray
+    ensembles: dict[int, Ensemble]
+    loss_fit: PowerLaw
+    distance_fits: list[PowerLaw]
+    drift_fits: list[PowerLaw]
+    widest_fit: PowerLaw
+    local_slopes: list[float]
+    ntk_fit: PowerLaw
+
+
+def _norm(matrices: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.square(matrices).sum((-2, -1)))
+
+
+def measure(
+    data: Dataset, steps: list[int], limit: Arrays, networks: Mapping[int, Arrays]
+) -> Dynamics:
+    """Measures what `ensembles.train` returned, at the recorded `steps`."""
+    n = len(data.y_train)
+
+    def ensemble(trained: Arrays) -> Ensemble:
+        outputs, ntk = (trained[name].astype(np.float64) for name in ("outputs", "ntk"))
+        expected = infinite.from_start(limit, data.targets_train, outputs[0], steps)
+        loss, closed_form_loss = (
+            np.square(f[:, :, :n] - data.targets_train).mean((2, 3)) / 2
+            for f in (outputs, expected)
+        )
+        count = ntk.shape[-1]
+        theta = limit["ntk_train_train"][:count, :count].astype(np.float64)
+        return Ensemble(
+            loss=loss,
+            closed_form_loss=closed_form_loss,
+            loss_deviation=np.abs(loss / closed_form_loss - 1),
+            distance=np.sqrt(np.square(outputs - expected)[:, :, n:].mean((2, 3))),
+            ntk_drift=_norm(ntk - ntk[0]) / _norm(ntk[0]),
+            ntk_error=_norm(ntk[0] - theta) / _norm(theta),
+        )
+
+    found = {width: ensemble(trained) for width, trained in networks.items()}
+    widths, last = list(found), len(steps) - 1
+
+    def fit(values, among=slice(None)):  # a point a network
+        points = [(width, v) for width in widths[among] for v in values(found[width])]
+        return report.fit_power_law(*zip(*points, strict=True))
+
+    means = [found[width].distance[-1].mean() for width in widths]
+    return Dynamics(
+        steps=steps,
+        times=float(limit["learning_rate"]) * np.asarray(steps),
+        ensembles=found,
+        loss_fit=fit(lambda e: e.loss_deviation.max(0)),
+        distance_fits=[fit(lambda e, i=i: e.distance[i]) for i in range(1, last + 1)],
+        drift_fits=[fit(lambda e, i=i: e.ntk_drift[i]) for i in range(1, last + 1)],
+        widest_fit=fit(lambda e: e.distance[-1], slice(-2, None)),
+        local_slopes=(np.diff(np.log(means)) / np.diff(np.log(widths))).tolist(),
+        ntk_fit=fit(lambda e: e.ntk_error),
+    )
+
+
+def _falls_as_root(fit: PowerLaw) -> bool:
+    return fit.includes(-0.5) and fit.high < 0
+
+
+def _claims(found: Dynamics) -> list[report.Claim]:
+    ensembles, fits, drifts = found.ensembles, found.distance_fits, found.drift_fits
+    widths = list(ensembles)
+    narrow, wide = ensembles[widths[0]], ensembles[widths[-1]]
+    largest = [e.loss_deviation.max(0).mean() for e in ensembles.values()]
+    by_step = [e.loss_deviation[1:].mean(1) for e in (narrow, wide)]
+    missing = [step for step, f in zip(found.steps[1:], fits, strict=True) if not _falls_as_root(f)]
+    where = f"not so after step {', '.join(map(str, missing))}" if missing else "so after all"
+    local = ", ".join(f"{slope:.2f}".replace("-", "−") for slope in found.local_slopes)
+    return [
+        report.Claim(
+            "The training loss of a finite network follows the closed form at every t.",
+            "The largest relative deviation over all recorded t, on average over networks: "
+            + ", ".join(f"{d:.2%} (width {w})" for w, d in zip(widths, largest, strict=True))
+            + f"; slope {found.loss_fit} ({found.loss_fit.interval}). It has to fall from every "
+            "width to the next, and at every t from the narrowest to the widest.",
+            bool((np.diff(largest) < 0).all() and (by_step[1] < by_step[0]).all()),
+        ),
+        report.Claim(
+            "The RMS distance of held-out predictions to the closed form falls as width^−1/2, at "
+            "every t.",
+            f"After the last step the slope is {fits[-1]} (95 % interval {fits[-1].interval}). "
+            "−1/2 has to be in the interval after every recorded step, and 0 above it; that is "
+            f"{where}. Between neighbouring widths the slope is {local}, of the two widest "
+            f"{found.widest_fit} ({found.widest_fit.interval}).",
+            not missing,
+        ),
+        report.Claim(
+            "The empirical NTK drifts during training by a relative distance that falls with width,"
+            " between width^−1/2 and width^−1, at every t.",
+            f"At width {widths[-1]} it drifts by {wide.ntk_drift[-1].mean():.2%}, at width "
+            f"{widths[0]} by {narrow.ntk_drift[-1].mean():.1%}; slope {drifts[-1]} "
+            f"({drifts[-1].interval}). The interval has to meet −1 … −1/2, and 0 to be above "
+            "it, after every recorded step.",
+            all(f.low <= -0.5 and -1 <= f.high < 0 for f in drifts),
+        ),
+        report.Claim(
+            "The empirical NTK before training is off its limit by width^−1/2.",
+            f"By {wide.ntk_error.mean():.1%} at width {widths[-1]}, {narrow.ntk_error.mean():.0%} "
+            f"at width {widths[0]}; slope {found.ntk_fit} ({found.ntk_fit.interval}). −1/2 has to "
+            "be in the interval, and 0 above it.",
+            _falls_as_root(found.ntk_fit),
+        ),
+    ]
+
+
+def _draw(found: Dynamics, plt: Any) -> Any:
+    figure, axes = plt.subplots(2, 3, figsize=(14, 8.2))
+    widths, t = list(found.ensembles), found.times
+    colours = figures.width_colours(plt, widths)
+    for (width, e), colour in zip(found.ensembles.items(), colours, strict=True):
+        axes[0, 0].plot(t, e.loss.mean(1), "o", ms=5, color=colour, label=f"width {width}")
+        axes[0, 0].plot(t, e.closed_form_loss.mean(1), color=colour, lw=1.2)
+        for ax, values in ((axes[0, 1], e.distance), (axes[0, 2], e.ntk_drift)):
+            ax.plot(t[1:], values[1:].mean(1), "o-", ms=4, color=colour, label=f"width {width}")
+    axes[0, 0].plot([], [], color=report.BLACK, lw=1.2, label="closed form, same starts")
+    axes[0, 0].set(title="Training loss, mean of networks", ylabel="½ mean squared error")
+    axes[0, 1].set(
+        title="Distance of predictions to the closed form", ylabel="RMS over held-out outputs"
+    )
+    axes[0, 2].set(title="Drift of the empirical NTK", ylabel="‖Θₜ − Θ₀‖ / ‖Θ₀‖")
+    for ax in axes[0]:
+        ax.set_yscale("log")
+        figures.time_axis(ax, t)
+
+    def against_width(ax, of, fit, what, theory="", marker="o", ls="-"):
+        values = [of(e) for e in found.ensembles.values()]
+        figures.draw_networks(ax, widths, values, colours, marker)
+        figures.draw_fit(ax, widths, fit, f"{what}: slope {fit}", theory, ls)
+
+    half = "slope −1/2"
+    against_width(axes[1, 0], lambda e: e.loss_deviation.max(0), found.loss_fit, "fit", half)
+    against_width(axes[1, 1], lambda e: e.distance[-1], found.distance_fits[-1], "fit", half)
+    against_width(axes[1, 2], lambda e: e.ntk_error, found.ntk_fit, "Θ₀ from Θ* (□)", half, "s")
+    against_width(axes[1, 2], lambda e: e.ntk_drift[-1], found.drift_fits[-1], "drift (○)", ls="--")
+    axes[1, 0].set(title="Loss: largest deviation over t", ylabel="relative to the closed form")
+    axes[1, 1].set(title="Distance after the last step")
+    for ax in axes[:, 1]:
+        ax.set_ylabel("RMS over held-out outputs")
+    axes[1, 2].set(title="NTK: error at the start, and drift", ylabel="relative Frobenius distance")
+    for ax in axes.flat:
+        figures.log_ticks(ax)
+        ax.legend(loc="best")
+    return figure
+
+
+def _tables(found: Dynamics) -> list[report.Table]:
+    slopes = [
+        [str(step), f"{t:.4g}", *(cell for f in fits for cell in (str(f), f.interval))]
+        for step, t, *fits in zip(
+            found.steps[1:], found.times[1:], found.distance_fits, found.drift_fits, strict=True
+        )
+    ]
+    rows = [
+        [
+            str(width),
+            f"{e.loss_deviation.max(0).mean():.3%}",
+            *(
+                f"{v.mean():.4f} ± {v.std(ddof=1):.4f}"
+                for v in (e.distance[-1], e.ntk_drift[-1], e.ntk_error)
+            ),
+        ]
+        for width, e in found.ensembles.items()
+    ]
+    return [
+        report.Table(
+            ("width", "loss: largest deviation", "distance", "NTK: drift", "NTK: Θ₀ from Θ*"),
+            rows,
+            "After the last step, by width",
+            "Mean ± standard deviation over networks.",
+        ),
+        report.Table(
+            ("step", "t", "distance", "95 % interval", "drift", "95 % interval"),
+            slopes,
+            "Slopes against width, by step",
+        ),
+    ]
+
+
+def _numbers(value: Any) -> Any:
+    """For JSON: dataclasses as objects, arrays as lists."""
+    if dataclasses.is_dataclass(value):
+        return _numbers(vars(value))
+    if isinstance(value, dict):
+        return {key: _numbers(v) for key, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return [_numbers(v) for v in value] if isinstance(value, list) else value
+
+
+def main(settings: Settings, workdir: Workdir) -> None:
+    """Trains, measures and writes the report."""
+    data, limit, networks = ensembles.train(settings, workdir, settings.ntk_inputs)
+    found = measure(data, settings.recorded_steps, limit, networks)
+    report.write_claims(
+        workdir,
+        "dynamics",
+        title="Gradient descent on a wide network is that of its NTK",
+        introduction="Networks of finite width are trained by full-batch gradient descent on "
+        "`½ mean (f - y)²`. The closed form takes the same network's outputs before training and "
+        "the NTK `Θ*` of infinite width: on the training images `f_k - y = (I - η Θ*/(n C))^k "
+        "(f_0 - y)` after `k` steps of size `η`, in discrete steps, so that the distance is due to "
+        "the width alone. The empirical NTK `Θₜ` is that of one network, averaged over its "
+        f"outputs, between {settings.ntk_inputs} training images.",
+        caption="Above: during training, means over networks. Below: against width; a point is a "
+        "network, and the dotted line has the slope −1/2 of the leading order.",
+        settings=dataclasses.asdict(settings),
+        claims=_claims(found),
+        numbers={"measured": _numbers(found)},
+        tables=_tables(found),
+        draw=lambda plt: _draw(found, plt),
+    )
+
+
+if __name__ == "__main__":
+    launch.main(Settings, main, {"full": FULL})

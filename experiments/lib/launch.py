@@ -1,0 +1,187 @@
+"""How a launcher starts and ends: flags out of a dataclass, errors of one line, Ctrl-C, SIGTERM.
+
+@dataclass(frozen=True)
+class Settings(launch.Settings):
+    n_train: int = launch.flag(128, "training inputs", at_least=1)
+
+def job(settings: Settings, workdir: Workdir) -> None: ...
+
+if __name__ == "__main__":
+    launch.main(Settings, job)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import psutil
+from absl import app, flags, logging
+
+from experiments.lib.workdir import Workdir
+from nt_deq.cli.files import end_when_interrupted
+from nt_deq.errors import InputError, NtDeqError
+
+flags.disclaim_key_flags()  # they are the launcher's, and its `--help` shows them
+
+
+def flag(
+    default: Any, help: str, *, at_least: float | None = None, above: float | None = None
+) -> Any:
+    """A field of `Settings`: its default, what `--help` says, and its bound."""
+    metadata = {"help": help, "at_least": at_least, "above": above}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of a launcher's settings; an instance is within its bounds.
+
+    Fields are of type `int`, `float`, `bool`, `str`, one of these or `None`, or `tuple[int, ...]`
+    (on the command line: separated by commas).
+
+    Raises:
+      InputError: a value is out of bounds.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float):
+                    _check_bounds(f"--{field.name}={format_value(value)}", number, field.metadata)
+
+
+def _check_bounds(shown: str, number: float, metadata) -> None:
+    at_least, above = metadata["at_least"], metadata["above"]
+    if not math.isfinite(number):
+        raise InputError(f"{shown} is not a finite number.")
+    if at_least is not None and number < at_least:
+        raise InputError(f"{shown} is too small: it has to be at least {at_least}.")
+    if above is not None and number <= above:
+        raise InputError(f"{shown} is too small: it has to be above {above}.")
+
+
+def format_value(value: Any) -> str:
+    """A setting as one writes it on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+Configs = Mapping[str, Mapping[str, Any]]
+
+
+def main(
+    settings_type: type[AnySettings],
+    job: Callable[[AnySettings, Workdir], None],
+    configs: Configs | None = None,
+) -> None:
+    """Runs a launcher; ends the process with 0, 1 (an error), or 128 + the signal that ended it.
+
+    Args:
+      settings_type: its flags.
+      job: what it does.
+      configs: settings that `--config=NAME` stands for, where no flag of their own is given.
+    """
+    flags.DEFINE_string("workdir", None, "directory for results; what is finished is kept there")
+    if configs:
+        shown = "; ".join(
+            f"{name}: {' '.join(f'--{k}={format_value(v)}' for k, v in config.items())}"
+            for name, config in configs.items()
+        )
+        flags.DEFINE_enum("config", None, list(configs), f"other defaults ({shown})")
+    _define_flags(settings_type)
+    logging.set_verbosity(logging.WARNING)  # JAX tells of every kind of device it does not find
+
+    def run(argv: Sequence[str]) -> int:
+        try:
+            if argv[1:]:
+                raise InputError(f"{argv[1]!r} is not a flag; flags are written --name=value.")
+            if not flags.FLAGS.workdir:
+                raise InputError("--workdir is missing: name a directory for the results.")
+            config = configs[flags.FLAGS.config] if configs and flags.FLAGS.config else {}
+            settings = _read_flags(settings_type, config)
+            workdir = _open(flags.FLAGS.workdir)
+        except InputError as error:
+            return _fail(error)
+        end_when_interrupted(partial(_interrupt, workdir))
+        try:
+            job(settings, workdir)
+        except (NtDeqError, MemoryError) as error:
+            return _fail(error)
+        return 0
+
+    app.run(run, flags_parser=_parse)
+
+
+def _interrupt(workdir: Workdir) -> str:
+    """Ends the launchers that this one has started; says what is kept."""
+    for child in psutil.Process().children(recursive=True):
+        child.terminate()
+    kept = ", ".join(workdir.kept) or "nothing yet"
+    return f"Interrupted. Kept in {workdir.path}: {kept}; the same command goes on there."
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {' '.join(str(error).split())} (--help lists the flags)")
+
+
+def _open(path: str) -> Workdir:
+    try:
+        return Workdir(path)
+    except OSError as error:
+        raise InputError(
+            f"--workdir={path} cannot be written to ({error.strerror}): name another directory."
+        ) from error
+
+
+_DEFINE: dict[Any, Callable[..., Any]] = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_boolean,
+    str: flags.DEFINE_string,
+    tuple[int, ...]: flags.DEFINE_list,
+}
+
+
+def _define_flags(settings_type: type[Settings]) -> None:
+    types = typing.get_type_hints(settings_type)
+    for field in dataclasses.fields(settings_type):
+        kind = types[field.name]
+        if type(None) in typing.get_args(kind):
+            (kind,) = set(typing.get_args(kind)) - {type(None)}
+        default: Any = field.default
+        if isinstance(default, tuple):
+            default = [str(number) for number in default]
+        _DEFINE[kind](field.name, default, field.metadata["help"])
+
+
+def _read_flags(settings_type: type[AnySettings], config: Mapping[str, Any]) -> AnySettings:
+    values = {}
+    for field in dataclasses.fields(settings_type):
+        given = flags.FLAGS[field.name]
+        value = config.get(field.name, given.value) if not given.present else given.value
+        if isinstance(value, list):
+            try:
+                value = tuple(int(number) for number in value)
+            except ValueError:
+                raise InputError(
+                    f"--{field.name}={','.join(value)} has to be integers separated by commas."
+                ) from None
+        values[field.name] = value
+    return settings_type(**values)

@@ -1,0 +1,199 @@
+"""Finite deep equilibrium networks drawn at random: what their outputs and covariances are.
+
+`z ← W_std/√n · W φ(z) + U_std/√d · U x` from `z = 0`, without bias, with outputs `f = V φ(z)/√n`;
+all of `W`, `U`, `V` from `N(0, 1)`. One network after the other goes through one compiled loop that
+draws it, iterates it and keeps only its outputs and its covariance, so that memory is one network's
+whatever their number; blocks of networks are parts of the working directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+import nt_deq
+from experiments.lib import launch
+from experiments.lib.launch import flag
+from experiments.lib.workdir import Arrays, Workdir
+from nt_deq._bridges import enable_x64
+from nt_deq._progress import progress_bar
+from nt_deq.activations import get_activation
+from nt_deq.errors import NoEquilibriumError
+
+ACTIVATIONS = ("tanh", "relu")
+FEATURES = 10  # of the published figures
+OUTPUTS = 2
+MAX_STEPS = 1000
+BLOCK = 2**27  # weights drawn before a part is kept
+CALL = 10  # networks of one call: the same for all counts, so that they share a program
+
+
+@dataclass(frozen=True)
+class Settings(launch.Settings):
+    """The flags that launchers with random networks share."""
+
+    W_std: float = flag(0.6, "standard deviation of the recurrent weights", above=0)
+    U_std: float = flag(1.0, "standard deviation of the input weights", above=0)
+    seed: int = flag(0, "of the inputs and of the networks", at_least=0)
+
+    def inputs(self, count: int, features: int = FEATURES) -> np.ndarray:
+        """Standard Gaussian inputs, `(count, features)`, float64; a larger count adds to them."""
+        return np.random.default_rng(self.seed).standard_normal((count, features))
+
+    def limit(self, x: np.ndarray, activation: str) -> np.ndarray:
+        """`Σ* = E[φ(z*)φ(z*)ᵀ]`, the covariance of an output at infinite width, float64."""
+        return output_kernels(x, W_std=self.W_std, U_std=self.U_std, activation=activation)[0]
+
+
+def output_kernels(
+    x: np.ndarray, *, W_std: float, U_std: float, b_std: float = 0.0, activation: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Σ*` and the NTK of an output at infinite width, float64, `(m, m)` each."""
+    with enable_x64(True):
+        k = nt_deq.deq_kernel(
+            jnp.asarray(x), W_std=W_std, U_std=U_std, b_std=b_std, activation=activation
+        )
+        dual, dual_slope = output_moments(k.nngp, activation)
+        return np.asarray(dual), np.asarray(dual + dual_slope * k.ntk)
+
+
+def output_moments(kernel: Array, activation: str) -> tuple[Array, Array]:
+    """`E[φ(z)φ(z)ᵀ]` and `E[φ'(z)φ'(z)ᵀ]` for `z` with covariance `kernel`, `(m, m)` each."""
+    variance = jnp.diagonal(kernel)
+    return get_activation(activation).dual(variance[:, None], variance[None, :], kernel)
+
+
+def relative_error(covariance: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """`‖C - Σ‖²/‖Σ‖²` in Frobenius norm, over the last two axes."""
+    return np.sum((covariance - limit) ** 2, axis=(-2, -1)) / np.sum(limit**2)
+
+
+@partial(jax.jit, static_argnames=("width", "activation", "depths"))
+def _draw(keys, x, W_std, U_std, *, width, activation, depths):
+    phi = get_activation(activation).fn
+    tolerance = 32 * float(jnp.finfo(x.dtype).eps)
+
+    def network(key):
+        W_key, U_key, V_key = jax.random.split(key, 3)
+        W = jax.random.normal(W_key, (width, width), x.dtype) * (W_std / width**0.5)
+        U = jax.random.normal(U_key, (x.shape[1], width), x.dtype) * (U_std / x.shape[1] ** 0.5)
+        V = jax.random.normal(V_key, (width, OUTPUTS), x.dtype) / width**0.5
+        injected = x @ U
+
+        def layer(z):
+            return phi(z) @ W + injected
+
+        def results(z, found):
+            h = phi(z)
+            return jnp.where(found, h @ V, jnp.nan), jnp.where(found, h @ h.T / width, jnp.nan)
+
+        z = jnp.zeros_like(injected)
+        if depths:
+            parts = []
+            for layers in np.diff(depths, prepend=0):
+                z = lax.fori_loop(0, int(layers), lambda _, z: layer(z), z)
+                parts.append(results(z, True))
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+        def unfinished(state):
+            z, residual, step = state
+            small = residual <= tolerance * jnp.linalg.norm(z)
+            return ~small & jnp.isfinite(residual) & (step < MAX_STEPS)
+
+        def advance(state):
+            z, _, step = state
+            after = layer(z)
+            return after, jnp.linalg.norm(after - z), step + 1
+
+        start = (z, jnp.asarray(jnp.finfo(x.dtype).max), 0)
+        z, residual, _ = lax.while_loop(unfinished, advance, start)
+        return results(z, residual <= tolerance * jnp.linalg.norm(z))
+
+    with jax.default_matmul_precision("highest"):
+        return lax.map(network, keys)  # not batched: XLA's batched products are slow on a CPU
+
+
+def sample(
+    settings: Settings,
+    workdir: Workdir,
+    x: np.ndarray,
+    *,
+    activation: str,
+    width: int,
+    count: int,
+    depths: Sequence[int] = (),
+) -> Arrays:
+    """Draws networks, or takes those that are kept.
+
+    Args:
+      settings: their standard deviations and the seed.
+      workdir: where blocks of networks are kept.
+      x: inputs, `(m, d)`; computed with in float32.
+      activation: `φ`, by name.
+      width: of the networks.
+      count: how many.
+      depths: ascending; empty is the equilibrium.
+
+    Returns:
+      `outputs (count, m, OUTPUTS)` and `covariances (count, m, m)`, `h hᵀ/width` of each network;
+      with depths, `(count, len(depths), ...)`. NaN where a network came to no equilibrium.
+
+    Raises:
+      NoEquilibriumError: most networks have no equilibrium.
+    """
+    x32 = x.astype(np.float32)
+    size = max(1, min(count, BLOCK // width**2))
+    blocks: list[Arrays] = []
+    name = f"{activation}-width-{width}"
+    with progress_bar(total=count, desc=name, unit="network") as bar:
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+
+            def compute(start=start, stop=stop) -> Arrays:
+                root = jax.random.key(settings.seed)
+                root = jax.random.fold_in(jax.random.fold_in(root, width), 1 + len(depths))
+                draw = partial(_draw, width=width, activation=activation, depths=tuple(depths))
+                parts = []
+                for first in range(start, stop, CALL):
+                    used = min(CALL, stop - first)
+                    keys = jax.vmap(partial(jax.random.fold_in, root))(first + jnp.arange(CALL))
+                    part = draw(keys, x32, settings.W_std, settings.U_std)
+                    parts.append([np.asarray(array)[:used] for array in part])
+                    bar.update(used)
+                outputs, covariances = map(np.concatenate, zip(*parts, strict=True))
+                return {"outputs": outputs, "covariances": covariances}
+
+            inputs = {
+                "x": x32,
+                "W_std": settings.W_std,
+                "U_std": settings.U_std,
+                "seed": settings.seed,
+                "activation": activation,
+                "width": width,
+                "depths": list(depths),
+                "networks": [start, stop],
+            }
+            arrays, found = workdir.part(f"{name}-{start}", inputs, compute)
+            if found:
+                bar.update(stop - start)
+            blocks.append(arrays)
+    drawn = {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
+    missing = np.isnan(drawn["outputs"]).any(axis=tuple(range(1, drawn["outputs"].ndim)))
+    if missing.mean() > 0.5:
+        raise NoEquilibriumError(
+            f"--W_std={settings.W_std} is too large: {missing.sum()} of {count} networks of width "
+            f"{width} with {activation} come to no equilibrium; take a smaller one."
+        )
+    return drawn
+
+
+def converged(drawn: Arrays) -> Arrays:
+    """The networks that came to an equilibrium, in float64."""
+    found = ~np.isnan(drawn["outputs"]).any(axis=(1, 2))
+    return {name: array[found].astype(np.float64) for name, array in drawn.items()}

@@ -1,0 +1,227 @@
+"""What launchers report with: tables, a power law fitted with its error, one figure style."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from experiments.lib.launch import format_value
+from experiments.lib.workdir import Workdir, versions
+
+# Okabe & Ito's palette, which the colour-blind tell apart too.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+
+Rows = Sequence[Sequence[str]]
+
+
+def console_table(header: Sequence[str], rows: Rows) -> str:
+    """A table in columns of text: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells):
+        first, *rest = zip(cells, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1])] + [cell.rjust(width) for cell, width in rest])
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def markdown_table(header: Sequence[str], rows: Rows) -> str:
+    """The same as `console_table`, in Markdown."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """`y = scale · x^exponent`, and how well the exponent is known.
+
+    Attributes:
+      exponent: the fitted slope of `log y` against `log x`.
+      standard_error: of the exponent.
+      low, high: its 95 % confidence interval, by Student's t distribution.
+      scale: `y` at `x = 1`.
+    """
+
+    exponent: float
+    standard_error: float
+    low: float
+    high: float
+    scale: float
+
+    def __call__(self, x: Any) -> np.ndarray:
+        """The fitted `y` at `x`."""
+        return self.scale * np.asarray(x, float) ** self.exponent
+
+    def includes(self, exponent: float) -> bool:
+        """Whether the interval has this exponent in it."""
+        return self.low <= exponent <= self.high
+
+    @property
+    def interval(self) -> str:
+        """As `−0.52 … −0.44`."""
+        return f"{self.low:.3f} … {self.high:.3f}".replace("-", "−")
+
+    def __str__(self) -> str:
+        """As `-0.48 ± 0.02`."""
+        return f"{self.exponent:.3f} ± {self.standard_error:.3f}".replace("-", "−")
+
+
+def fit_power_law(x: Any, y: Any) -> PowerLaw:
+    """Fits a power law by least squares of logarithms; at least 3 points, 2 different `x`."""
+    fit: Any = stats.linregress(np.log(x), np.log(y))
+    margin = float(stats.t.ppf(0.975, len(x) - 2)) * fit.stderr
+    return PowerLaw(
+        exponent=float(fit.slope),
+        standard_error=float(fit.stderr),
+        low=float(fit.slope - margin),
+        high=float(fit.slope + margin),
+        scale=float(np.exp(fit.intercept)),
+    )
+
+
+@contextlib.contextmanager
+def figure_style() -> Iterator[Any]:
+    """Gives matplotlib's pyplot, drawing to files and in the style of all figures, then closes."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    style: Any = {
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#dddddd",
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "figure.constrained_layout.use": True,
+    }
+    with plt.rc_context(style):
+        try:
+            yield plt
+        finally:
+            plt.close("all")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper, and what became of it.
+
+    Attributes:
+      claim: what is claimed, with the published numbers.
+      measured: what was measured here.
+      holds: whether the measurement agrees.
+    """
+
+    claim: str
+    measured: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Attributes:
+      header: one text a column.
+      rows: as many texts each.
+      title: heading above it.
+      note: what the columns are, below the heading.
+    """
+
+    header: Sequence[str]
+    rows: Rows
+    title: str = ""
+    note: str = ""
+
+
+def write_claims(
+    workdir: Workdir,
+    name: str,
+    *,
+    title: str,
+    introduction: str,
+    caption: str,
+    settings: Mapping[str, Any],
+    claims: Sequence[Claim],
+    numbers: Mapping[str, Any],
+    tables: Sequence[Table],
+    draw: Callable[[Any], Any],
+) -> None:
+    """Writes what a launcher found: results.json, NAME.png and report.md.
+
+    Texts may have code in `backticks`, and blank lines between paragraphs.
+
+    Args:
+      workdir: where to.
+      name: of the launcher.
+      title: heading of the page.
+      introduction: what the claims are about.
+      caption: of the figure.
+      settings: the flags.
+      claims: what is claimed, measured, and whether it holds.
+      numbers: all that was measured, for results.json.
+      tables: below the figure.
+      draw: makes the figure, from pyplot.
+    """
+    with figure_style() as plt:
+        workdir.write_figure(f"{name}.png", draw(plt))
+    verdicts = "\n\n".join(
+        f"**Claim.** {c.claim}\n\n**Measured.** {c.measured}\n\n"
+        f"**{'It holds.' if c.holds else 'It does not hold.'}**"
+        for c in claims
+    )
+    shown = "\n\n".join(
+        (f"## {table.title}\n\n" if table.title else "")
+        + (f"{table.note}\n\n" if table.note else "")
+        + markdown_table(table.header, table.rows)
+        for table in tables
+    )
+    flags = [
+        [f"`--{key}`", f"`{format_value(value)}`"]
+        for key, value in settings.items()
+        if value is not None
+    ]
+    used = ", ".join(f"{package} {version}" for package, version in versions().items())
+    workdir.write_text(
+        "report.md",
+        f"# {title}\n\n{introduction}\n\n{verdicts}\n\n![figure]({name}.png)\n\n{caption}\n\n"
+        f"{shown}\n\n## Settings\n\n{markdown_table(('flag', 'value'), flags)}\n\n"
+        f"All numbers are in `results.json`. Versions: {used}.\n",
+    )
+    # Last: where it is, the others are too.
+    workdir.write_json(
+        "results.json",
+        {
+            "title": title,
+            "introduction": introduction,
+            "claims": [dataclasses.asdict(claim) for claim in claims],
+            "caption": caption,
+            "tables": [dataclasses.asdict(table) for table in tables],
+            "settings": settings,
+            "versions": versions(),
+            **numbers,
+        },
+    )
+    for c in claims:
+        print(f"{'holds' if c.holds else 'FAILS'}  {c.claim}\n       {c.measured}")
+    print(f"\nSee {workdir.path / 'report.md'} and {name}.png beside it.")

@@ -1,0 +1,1 @@
+"""Launchers that fit data: `python -m experiments.train.NAME`."""

@@ -1,0 +1,159 @@
+"""The classifiers of `tabular`: everything that is chosen is chosen inside the training data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import pairwise
+from sklearn.model_selection import GridSearchCV, ParameterGrid, StratifiedKFold
+from sklearn.neural_network import MLPClassifier
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+
+from experiments.lib import kernel_regression
+from experiments.lib.kernel_regression import Kernel
+
+INNER_FOLDS = 3  # of the training data, by which hyper-parameters are chosen
+COSTS = (0.1, 1.0, 10.0, 100.0, 1000.0)  # C of a support vector machine, for a mean k(x, x) of 1
+W_STDS = (0.3, 0.6, 0.9, 1.15, 1.3)  # of infinitely deep kernels; an equilibrium needs < √2
+DEPTHS = (1, 2, 3, 4, 5)  # hidden layers of explicit kernels
+SHAPES = (0.01, 0.05, 0.2, 1.0, 5.0)  # γ d of the RBF kernel; ‖x - x'‖² is about 2 d
+
+Grid = Mapping[str, Sequence[Any]]
+
+
+class Outcome(NamedTuple):
+    """What became of one classifier on one split.
+
+    Attributes:
+      accuracy: of the test data.
+      validation: mean accuracy of the inner folds, for the hyper-parameters chosen.
+      chosen: the hyper-parameters.
+    """
+
+    accuracy: float
+    validation: float
+    chosen: str
+
+
+def _to_few_sizes(x: np.ndarray) -> np.ndarray:
+    """Adds features of zeros, so that programs are compiled for few sizes; keeps `x·x'/d`."""
+    d = x.shape[1]
+    size = max(8, 1 << (d - 1).bit_length())
+    return np.pad(x, ((0, 0), (0, size - d))) * (size / d) ** 0.5
+
+
+def _of_few_sizes(kernel: Kernel) -> Kernel:
+    def padded(x1, x2):
+        padded1 = _to_few_sizes(x1)
+        return kernel(padded1, padded1 if x1 is x2 else _to_few_sizes(x2))
+
+    return padded
+
+
+def deep(get: str, W_std: float) -> Kernel:
+    """The NNGP kernel or the NTK of an infinitely deep ReLU network."""
+    return _of_few_sizes(kernel_regression.deq(get, W_std))
+
+
+def explicit(depth: int) -> Kernel:
+    """The NTK of a ReLU network with `depth` hidden layers and He's variances."""
+    return _of_few_sizes(kernel_regression.explicit("ntk", depth))
+
+
+def rbf(shape: float) -> Kernel:
+    """`exp(-γ ‖x - x'‖²)` with `γ = shape/d`."""
+    return lambda x1, x2: pairwise.rbf_kernel(x1, x2, gamma=shape / x1.shape[1])
+
+
+def inner_folds(y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The split of training data by which hyper-parameters are chosen, the same for all methods."""
+    folds = StratifiedKFold(INNER_FOLDS, shuffle=True, random_state=seed)
+    return list(folds.split(np.zeros(len(y)), y))
+
+
+def _accuracy(kernel, y, train, test, cost: float) -> float:
+    machine = SVC(kernel="precomputed", C=cost).fit(kernel[np.ix_(train, train)], y[train])
+    return float(machine.score(kernel[np.ix_(test, train)], y[test]))
+
+
+def support_vectors(
+    family: Callable[[Any], Kernel], grid: Grid, x, y, train, test, seed: int
+) -> Outcome:
+    """A support vector machine, its kernel and `C` chosen; of equally good ones the first."""
+    folds = [(train[a], train[b]) for a, b in inner_folds(y[train], seed)]
+    (parameter, values), (_, costs) = grid.items()
+    best: Any = (-1.0,)
+    for value in values:
+        kernel = family(value)(x, x)
+        kernel /= np.mean(np.diag(kernel)[train])
+        for cost in costs:
+            validation = float(np.mean([_accuracy(kernel, y, a, b, cost) for a, b in folds]))
+            if validation > best[0]:
+                best = validation, kernel, cost, _shown(grid, {parameter: value, "C": cost})
+    validation, kernel, cost, chosen = best
+    return Outcome(_accuracy(kernel, y, train, test, cost), validation, chosen)
+
+
+def forest(grid: Grid, x, y, train, test, seed: int) -> Outcome:
+    """A random forest, chosen by its accuracy on what each tree was not fitted to."""
+    best: Any = (-1.0,)
+    for values in ParameterGrid(dict(grid)):
+        model: Any = RandomForestClassifier(oob_score=True, random_state=seed, **values)
+        model.fit(x[train], y[train])
+        if model.oob_score_ > best[0]:
+            best = float(model.oob_score_), model, _shown(grid, values)
+    validation, model, chosen = best
+    return Outcome(float(model.score(x[test], y[test])), validation, chosen)
+
+
+def mlp(grid: Grid, x, y, train, test, seed: int) -> Outcome:
+    """A multi-layer perceptron, trained by Adam; of equally good ones the first."""
+    model = MLPClassifier(random_state=seed)
+    search: Any = GridSearchCV(model, dict(grid), cv=inner_folds(y[train], seed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the budget is a part of the method
+        search.fit(x[train], y[train])
+    accuracy = float(search.score(x[test], y[test]))
+    return Outcome(accuracy, float(search.best_score_), _shown(grid, search.best_params_))
+
+
+def _shown(grid: Grid, values: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items() if len(grid[name]) > 1)
+
+
+METHODS: dict[str, tuple[Callable[..., Outcome], Grid]] = {
+    "DEQ-NTK": (partial(support_vectors, partial(deep, "ntk")), {"W_std": W_STDS, "C": COSTS}),
+    "DEQ-NNGP": (partial(support_vectors, partial(deep, "nngp")), {"W_std": W_STDS, "C": COSTS}),
+    "NTK, depth 1–5": (partial(support_vectors, explicit), {"depth": DEPTHS, "C": COSTS}),
+    "RBF SVM": (partial(support_vectors, rbf), {"γd": SHAPES, "C": COSTS}),
+    "random forest": (
+        forest,
+        {"n_estimators": (200,), "max_features": ("sqrt", 0.5), "min_samples_leaf": (1, 4)},
+    ),
+    "MLP": (
+        mlp,
+        {
+            "hidden_layer_sizes": ((100,), (100, 100)),
+            "alpha": (1e-3, 1.0),
+            "learning_rate_init": (3e-3,),
+            "max_iter": (200,),
+        },
+    ),
+}
+
+
+def classify(method: str, x, y, train, test, seed: int) -> Outcome:
+    """Fits a method of `METHODS` to rows `train` of `x (n, d)` and `y (n,)`; tests it on `test`.
+
+    Features are given the mean 0 and the variance 1 of the training rows.
+    """
+    x = StandardScaler().fit(x[train]).transform(x)
+    fit, grid = METHODS[method]
+    return fit(grid, x, y, train, test, seed)
