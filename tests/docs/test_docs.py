@@ -10,7 +10,9 @@ from documents import ROOT, python_code, run_apart
 import nt_deq
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-MODULES = [f"nt_deq.{name}" for name in ("flax", "gp", "gpjax", "iterations", "large")]
+MODULES = [
+    f"nt_deq.{name}" for name in ("activations", "flax", "gp", "gpjax", "iterations", "regression")
+]
 MODULES += [f"nt_deq.{name}" for name in ("sklearn", "stax", "theory", "tinygp")]
 ELSEWHERE = "nt"  # neural-tangents has its own reference
 # What is run besides what a page shows: there a program may be compiled into something else.

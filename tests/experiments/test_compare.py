@@ -24,8 +24,6 @@ from experiments.lib.training import TrainingError
 from experiments.lib.workdir import Workdir
 from nt_deq.errors import InputError
 
-pytestmark = pytest.mark.xdist_group("compare")  # by one worker: the networks are trained once
-
 ROOT = Path(__file__).parents[2]
 TINY = Settings(n_train=16, n_test=20, widths=(16, 32), seeds=3, steps=4)
 FLAGS = ("--n_train=16", "--n_test=20", "--widths=16,32", "--seeds=3", "--steps=4")
