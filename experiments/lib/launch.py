@@ -143,11 +143,13 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _open(path: str) -> Workdir:
     try:
-        return Workdir(path)
+        workdir = Workdir(path)
     except OSError as error:
         raise InputError(
             f"--workdir={path} cannot be written to ({error.strerror}): name another directory."
         ) from error
+    workdir.lock()
+    return workdir
 
 
 _DEFINE: dict[Any, Callable[..., Any]] = {

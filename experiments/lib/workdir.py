@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 
 from nt_deq.cli.files import whole
+from nt_deq.errors import InputError
 
 Arrays = dict[str, np.ndarray]
 
@@ -22,20 +24,6 @@ def versions() -> dict[str, str]:
     """The versions of what the numbers depend on."""
     names = ("nt-deq", "jax", "jaxlib", "neural-tangents", "flax", "optax", "optimistix", "numpy")
     return {name: importlib.metadata.version(name) for name in names}
-
-
-def fingerprint(inputs: Mapping[str, Any]) -> str:
-    """A digest of settings and arrays, equal exactly where they are."""
-    digest = hashlib.sha256()
-    for name in sorted(inputs):
-        value = inputs[name]
-        digest.update(f"{name}\0".encode())
-        if isinstance(value, np.ndarray):
-            digest.update(f"{value.dtype} {value.shape}\0".encode())
-            digest.update(np.ascontiguousarray(value).data)
-        else:
-            digest.update(json.dumps(value, sort_keys=True).encode())
-    return digest.hexdigest()[:12]
 
 
 class Workdir:
@@ -53,6 +41,28 @@ class Workdir:
         if not os.access(self.path, os.W_OK):
             raise PermissionError(0, "no permission", str(path))
 
+    def lock(self) -> None:
+        """Keeps other processes that ask for the lock out, until this one ends.
+
+        Raises:
+          InputError: another process has it; the message names that one.
+        """
+        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  # for as long as this object
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            other = self._lock.read() or "another process"
+            raise InputError(
+                f"--workdir={self.path} is in use by {other}: wait until it ends, or name another "
+                "directory."
+            ) from None
+        except OSError:  # a file system without locks
+            return
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()}")
+        self._lock.flush()
+
     def part(
         self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Arrays]
     ) -> tuple[Arrays, bool]:
@@ -67,16 +77,18 @@ class Workdir:
         Returns:
           The arrays, and whether they are from an earlier run.
         """
-        key = fingerprint({**inputs, "versions": versions()})
-        file = self.path / "parts" / f"{name}.{key}.npz"
-        found = file.exists()
+        file = f"parts/{name}.{joblib.hash((inputs, versions()))}.npz"
+        found = (self.path / file).exists()
         if not found:
-            arrays = compute()
-            with self._whole(file) as temporary, open(temporary, "wb") as stream:
-                np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
+            self.write_arrays(file, compute())
         self.kept.append(name)
-        with np.load(file, allow_pickle=False) as stored:
+        with np.load(self.path / file, allow_pickle=False) as stored:
             return dict(stored), found
+
+    def write_arrays(self, name: str, arrays: Arrays) -> None:
+        """Writes arrays as one .npz file."""
+        with self._whole(self.path / name) as temporary, open(temporary, "wb") as stream:
+            np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes `value` as JSON; numbers that JSON has no word for are refused."""

@@ -1,6 +1,6 @@
 """What a training run leaves on disk, so that a killed one goes on as if nothing had happened.
 
-A checkpoint holds the state of training and how long `metrics.jsonl` was; lines after that are
+`checkpoint.npz` holds the state of training and how long `metrics.jsonl` was; lines after that are
 written again, and identically, by the run that goes on. `run.json` says what the run depends on,
 and how many epochs it was to have, from which step on.
 """
@@ -12,18 +12,20 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-import orbax.checkpoint as ocp
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from experiments.lib.workdir import Workdir
 from nt_deq.errors import InputError
 
-RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+RUN, METRICS, CHECKPOINT = "run.json", "metrics.jsonl", "checkpoint.npz"
 
 Tree = TypeVar("Tree")
 
 
 class Run:
-    """A run in a working directory: `run.json`, `metrics.jsonl` and `checkpoints/`.
+    """A run in a working directory: `run.json`, `metrics.jsonl` and `checkpoint.npz`.
 
     Args:
       workdir: where.
@@ -37,20 +39,14 @@ class Run:
         self._workdir = workdir
         self._metrics = workdir.path / METRICS
         self._claim(json.loads(json.dumps(identity)))
-        self._checkpoints = ocp.CheckpointManager(
-            (workdir.path / CHECKPOINTS).resolve(),
-            # Not in the background: the next step overwrites the buffers that are being written.
-            options=ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False),
-        )
 
     def _claim(self, identity: dict[str, dict[str, Any]]) -> None:
         path = self._workdir.path
-        file = path / RUN
-        if not file.exists():
-            if any((path / name).exists() for name in (METRICS, CHECKPOINTS)):
+        if not (path / RUN).exists():
+            if any((path / name).exists() for name in (METRICS, CHECKPOINT)):
                 raise InputError(
-                    f"--workdir={path} has {METRICS} or {CHECKPOINTS} of a run, and no {RUN} "
-                    "that says which: name another directory."
+                    f"--workdir={path} has {METRICS} or {CHECKPOINT} of a run, and no {RUN} that "
+                    "says which: name another directory."
                 )
             self._workdir.write_json(RUN, {**identity, "epochs": []})
         held = read_run(path)
@@ -63,33 +59,26 @@ class Run:
                         f"now {value}. Go on with {before}, or name another directory."
                     )
 
-    def restore(self, state: Tree) -> tuple[Tree, float]:
+    def restore(self, state: Tree) -> tuple[Tree, int, float]:
         """Goes back to the last checkpoint, and takes off what was written to the metrics since.
 
         Args:
           state: of a run at its beginning.
 
         Returns:
-          The state to go on from, and the seconds that the run has taken so far.
+          The state to go on from, its step, and the seconds that the run has taken so far.
 
         Raises:
           InputError: the metrics are shorter than they were then.
         """
-        step = self._checkpoints.latest_step()
-        if step is None:
+        if not (self._workdir.path / CHECKPOINT).exists():
             self._truncate(0)
-            return state, 0.0
-        restored = self._checkpoints.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(state),  # pyright: ignore[reportCallIssue]
-                progress=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
-            ),
-        )
-        progress = restored["progress"]
-        self._truncate(progress["metrics_bytes"])
+            return state, 0, 0.0
+        state, progress = read_checkpoint(self._workdir.path, state)
+        self._truncate(int(progress["metrics_bytes"]))
+        step = int(progress["step"])
         self._keep(step)
-        return restored["state"], progress["seconds"]
+        return state, step, float(progress["seconds"])
 
     def plan(self, step: int, epochs: int) -> int:
         """Writes down that the run has so many epochs, from `step` on.
@@ -98,7 +87,7 @@ class Run:
           How many it was to have before.
         """
         held = read_run(self._workdir.path)
-        before = held.get("epochs", [])
+        before = held["epochs"]
         if not before or before[-1]["epochs"] != epochs:
             planned = [*before, {"from_step": step, "epochs": epochs}]
             self._workdir.write_json(RUN, {**held, "epochs": planned})
@@ -115,14 +104,10 @@ class Run:
 
     def save(self, step: int, state: Any, seconds: float) -> None:
         """Writes a checkpoint, whole or not at all, in place of the one before."""
-        progress = {"seconds": seconds, "metrics_bytes": self._metrics.stat().st_size}
-        self._checkpoints.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
-                progress=ocp.args.JsonSave(progress),  # pyright: ignore[reportCallIssue]
-            ),
-        )
+        progress = {
+            "step": step, "seconds": seconds, "metrics_bytes": self._metrics.stat().st_size,
+        }  # fmt: skip
+        self._workdir.write_arrays(CHECKPOINT, _named(state) | progress)
         self._keep(step)
 
     def _keep(self, step: int) -> None:
@@ -145,8 +130,8 @@ def read_run(path: Path) -> dict[str, Any]:
     return json.loads((path / RUN).read_text(encoding="utf-8"))
 
 
-def last_state(path: Path, state: Tree) -> Tree:
-    """Returns the state of the last checkpoint in the directory `path`, and changes nothing there.
+def read_checkpoint(path: Path, state: Tree) -> tuple[Tree, dict[str, np.ndarray]]:
+    """Returns the state of the last checkpoint in the directory `path`, and the rest that it holds.
 
     Args:
       path: the working directory of a run.
@@ -155,8 +140,15 @@ def last_state(path: Path, state: Tree) -> Tree:
     Raises:
       InputError: there is no checkpoint.
     """
-    steps = [int(f.name) for f in (path / CHECKPOINTS).glob("*") if f.name.isdigit()]
-    if not steps:
-        raise InputError(f"{path} has no checkpoint of experiments.train.classifier yet.")
-    last = (path / CHECKPOINTS / str(max(steps)) / "state").resolve()
-    return ocp.StandardCheckpointer().restore(last, state)
+    try:
+        with np.load(path / CHECKPOINT, allow_pickle=False) as file:
+            arrays = dict(file)
+    except FileNotFoundError:
+        raise InputError(f"{path} has no checkpoint of experiments.train.classifier yet.") from None
+    leaves = [jnp.asarray(arrays.pop(name)) for name in _named(state)]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), arrays
+
+
+def _named(state: Any) -> dict[str, Any]:
+    """The arrays of a state by their places in it."""
+    return {jax.tree_util.keystr(at): leaf for at, leaf in jax.tree.leaves_with_path(state)}

@@ -1,7 +1,7 @@
 """Trains a deep equilibrium classifier on images, by minibatches, in Flax with optax.
 
 Writes to the directory --workdir: metrics.jsonl (a line an epoch, or every --log_every steps),
-curve.png (of these, at the end), checkpoints/ (the last one, by orbax) and run.json (what the run
+curve.png (of these, at the end), checkpoint.npz (the last one) and run.json (what the run
 depends on). The same command goes on where a killed one was, and ends with the same parameters and
 metrics to the last bit. With more --epochs it goes on where the last command ended; a cosine
 schedule is from there on that of the new number, so that the step size jumps up again, and what was
@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import joblib
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -52,7 +53,7 @@ from experiments.lib.minibatch import LOSSES, Classifier, make_optimizer, make_s
 from experiments.lib.networks import Architecture, Network
 from experiments.lib.report import console_table, figure_style
 from experiments.lib.training import TrainingError
-from experiments.lib.workdir import Workdir, fingerprint, versions
+from experiments.lib.workdir import Workdir, versions
 from experiments.train import training_curve
 from experiments.train.checkpoints import Run
 from nt_deq._progress import progress_bar
@@ -187,8 +188,8 @@ def train(settings: Settings, workdir: Workdir) -> list[dict[str, float]]:
     inputs = {"shape": shape, "mean": [*data.mean], "scale": scale, "classes": data.classes}
     workdir.write_json(INPUTS, inputs)
     schedule = _schedule(settings)
-    state, seconds = run.restore(classifier.init())
-    step, start = int(state.step), time.perf_counter() - seconds
+    state, step, seconds = run.restore(classifier.init())
+    start = time.perf_counter() - seconds
     _plan(run, step, settings)
     line_before = ([0] + [line["step"] for line in run.metrics()])[-1]
     train_set = on_device(settings, data.x_train, shape), jnp.asarray(data.y_train, jnp.int32)
@@ -235,11 +236,10 @@ def train(settings: Settings, workdir: Workdir) -> list[dict[str, float]]:
 
 def _identity(settings: Settings, data: Dataset) -> dict[str, dict[str, Any]]:
     arrays = (data.x_train, data.y_train, data.x_test, data.y_test)
-    digest = fingerprint({str(i): array for i, array in enumerate(arrays)})
     flags = dataclasses.asdict(settings)
     del flags["data_dir"]  # what was read there counts
     del flags["epochs"]  # more can follow
-    return {"settings": flags, "data": {"digest": digest}, "versions": versions()}
+    return {"settings": flags, "data": {"digest": joblib.hash(arrays)}, "versions": versions()}
 
 
 def _plan(run: Run, step: int, settings: Settings) -> None:
@@ -349,7 +349,7 @@ def main(settings: Settings, workdir: Workdir) -> None:
         for line in metrics[-10:]
     ]
     print(console_table(header, rows))
-    print(f"\nSee {workdir.path / 'curve.png'}, and metrics.jsonl and checkpoints/ beside it.")
+    print(f"\nSee {workdir.path / 'curve.png'}, and metrics.jsonl and checkpoint.npz beside it.")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from jax import Array
 from experiments.lib.data import standardise
 from experiments.lib.minibatch import EVALUATION_BATCH
 from experiments.lib.networks import EquilibriumNetwork
-from experiments.train.checkpoints import last_state, read_run
+from experiments.train.checkpoints import read_checkpoint, read_run
 from experiments.train.classifier import INPUTS, Settings, make_classifier, on_device
 from nt_deq.errors import InputError
 
@@ -95,10 +95,10 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     settings = Settings(**held["settings"], epochs=held["epochs"][-1]["epochs"])
     shape, classes = tuple(inputs["shape"]), np.array(inputs["classes"])
     classifier = make_classifier(settings, shape, len(classes))
-    params = last_state(path, classifier.init()).params
+    state, _ = read_checkpoint(path, classifier.init())
     mean, scale = inputs["mean"], inputs.get("scale")
     return Trained(
-        classifier.network(params),
+        classifier.network(state.params),
         settings,
         classes,
         shape,

@@ -21,8 +21,9 @@ _unfinished: set[Path] = set()  # of this process
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file to write to that takes the place of `path` when it is complete.
 
-    Until then it is a hidden one beside it. What writers that were killed have left in the
-    directory is removed.
+    Until then it is a hidden one beside it. It is on the disk before it has its name, and so is its
+    name before this returns: a loss of power leaves the old file or the new one. What writers that
+    were killed have left in the directory is removed.
     """
     path = Path(path)
     remove_orphans(path.parent)
@@ -31,10 +32,21 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(0o644)
+            _flush(temporary)
             temporary.replace(path)
+            _flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
             _unfinished.discard(temporary)
+
+
+def _flush(path: Path) -> None:
+    """Waits until the contents of a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """What the command line reads and writes: tables and their mistakes, and files written whole."""
 
+import os
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -189,6 +191,23 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         temporary.parent.write_text("sec")
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
     assert file.read_text() == "first"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    def flush(handle):
+        opened = os.fstat(handle)
+        events.append("directory" if stat.S_ISDIR(opened.st_mode) else f"{opened.st_size} bytes")
+
+    def replace(temporary, target):
+        events.append("name")
+        os.rename(temporary, target)
+
+    events = []
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "replace", replace)
+    with whole(tmp_path / "file.txt") as temporary:
+        temporary.write_text("first")
+    assert events == ["5 bytes", "name", "directory"]
 
 
 def test_what_a_dead_writer_left_is_removed(tmp_path):

@@ -177,6 +177,30 @@ def test_it_runs_launchers_and_keeps_them(tmp_path):
     assert "[1/1] phase: kept from an earlier run" in again.stderr
 
 
+def test_the_same_command_twice_is_told_of_the_first(tmp_path):
+    program = """
+from experiments.lib import launch
+def job(settings, workdir):
+    print("started", flush=True)
+    input()
+launch.main(launch.Settings, job)
+"""
+    command = [sys.executable, "-c", program, f"--workdir={tmp_path}"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    first = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    assert first.stdout.readline() == "started\n"
+    options = {"cwd": ROOT, "text": True, "capture_output": True, "timeout": 60}
+    second = subprocess.run(command, **options)
+    assert second.returncode == 1
+    assert second.stderr == (
+        f"error: --workdir={tmp_path} is in use by process {first.pid}: wait until it ends, or "
+        "name another directory.\n"
+    )
+    assert first.communicate("\n", timeout=60)[1] == ""
+    again = subprocess.run(command, input="\n", **options)
+    assert again.returncode == 0, again.stderr
+
+
 def test_sigterm_ends_the_launchers_that_it_has_started(tmp_path):
     program = """
 import subprocess, sys
