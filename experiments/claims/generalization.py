@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from sklearn.metrics.pairwise import rbf_kernel
 
 from experiments.claims import generalization_report
-from experiments.lib import interpolation, launch
+from experiments.lib import launch, training
 from experiments.lib.data import Dataset, DataSettings, load
-from experiments.lib.kernel_regression import REGULARISATION, Kernel, deq, explicit, regress, solve
+from experiments.lib.kernels import NONE, REGULARISATION, Kernel, deq, explicit, fit, rbf, regress
 from experiments.lib.launch import flag
 from experiments.lib.networks import Architecture
 from experiments.lib.workdir import Workdir
@@ -104,11 +103,6 @@ def noisy_labels(labels: np.ndarray, classes: int, noise: float, seed: int) -> n
     return labels
 
 
-def rbf(length: float) -> Kernel:
-    """`exp(-‖x - x'‖²/(2 l²))`, where `l` is `length` of the norm `√d` of an input."""
-    return lambda x1, x2: rbf_kernel(x1, x2, gamma=1 / (2 * length**2 * x1.shape[1]))
-
-
 FAMILIES: dict[str, tuple[Callable[[float], Kernel], tuple[float, ...]]] = {
     "DEQ, NNGP": (partial(deq, "nngp"), W_STDS),
     "DEQ, NTK": (partial(deq, "ntk"), W_STDS),
@@ -117,7 +111,7 @@ FAMILIES: dict[str, tuple[Callable[[float], Kernel], tuple[float, ...]]] = {
         for get in ("nngp", "ntk")
         for depth in DEPTHS
     },
-    "RBF": (rbf, LENGTHS),
+    "RBF": (lambda length: rbf(1 / (2 * length**2)), LENGTHS),
 }
 
 
@@ -162,8 +156,7 @@ def measure_kernels(
         def compute(name=name, family=family, shapes=shapes):
             total = len(shapes) * len(REGULARISATION)
             with progress_bar(total=total, desc=f"{name}, n = {count}") as bar:
-                y = problem.targets.swapaxes(0, 1)
-                return regress(family, shapes, problem.x, y, data.x_test, bar.update)
+                return regress(family, shapes, problem.x, problem.targets, data.x_test, bar.update)
 
         inputs = {
             "x": problem.x, "y": problem.targets, "x_test": data.x_test, "shapes": list(shapes),
@@ -177,7 +170,7 @@ def measure_kernels(
 def measure_networks(
     settings: Settings, data: Dataset, problem: Problem, workdir: Workdir
 ) -> dict[int, dict[str, np.ndarray]]:
-    """Trains finite networks; what `interpolation.train` returns, by width.
+    """Trains finite networks; what `training.interpolate` returns, by width.
 
     With them is `limit`, `(noises, m, C)`: what they would learn if they were infinitely wide and
     fitted exactly, `Θ(x, X) Θ(X, X)⁻¹ y`.
@@ -186,8 +179,8 @@ def measure_networks(
     architecture = Architecture(settings.W_std, 1.0, 0.0, "relu")
     to = deq("ntk", settings.W_std)
     ntk = to(problem.x, problem.x)
-    alpha = solve(ntk, problem.targets.swapaxes(0, 1), REGULARISATION[0])
-    limit = np.tensordot(to(data.x_test, problem.x), alpha, 1).swapaxes(0, 1)
+    to_train = to(data.x_test, problem.x)
+    limit = np.stack([fit(ntk, y, NONE).predict(to_train) for y in problem.targets])
     options = {
         # A quarter of the largest with which the infinitely wide network converges.
         "learning_rate": problem.targets[0].size / (2 * float(np.linalg.eigvalsh(ntk)[-1])),
@@ -202,7 +195,7 @@ def measure_networks(
             with progress_bar(
                 desc=f"width {width}, n = {count}: at most {settings.max_steps} steps", unit="step"
             ) as bar:
-                return interpolation.train(
+                return training.interpolate(
                     architecture, width, problem.x, problem.targets, data.x_test, **options,
                     progress=bar.update,
                 )  # fmt: skip

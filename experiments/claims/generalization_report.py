@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.lib import report
 from experiments.lib.data import Dataset
-from experiments.lib.kernel_regression import MODES
+from experiments.lib.kernels import MODES
 from experiments.lib.workdir import Arrays, Workdir
 
 NTK = "DEQ, NTK"

@@ -12,26 +12,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from scipy import optimize
 
+import nt_deq
 from nt_deq import theory
 from experiments.lib import launch, report
 from experiments.lib.launch import flag
-from experiments.lib.random_networks import FEATURES
+from experiments.lib.random_networks import ACTIVATIONS, FEATURES, tied_layer
 from experiments.lib.workdir import Workdir
 from nt_deq._bridges import enable_x64
 from nt_deq._progress import progress_bar
+from nt_deq.iterations import Iteration
 
-PHI: dict[str, tuple[Callable, Callable]] = {  # φ and φ'
-    "tanh": (np.tanh, lambda z: 1 / np.cosh(z) ** 2),
-    "relu": (lambda z: np.maximum(z, 0), lambda z: (z > 0).astype(float)),
-}
 LARGEST = 2.0  # of the W_std that are tried
 MAX_STEPS = 1000
 TOLERANCE = 1e-9
@@ -50,21 +50,24 @@ class Settings(launch.Settings):
     seed: int = flag(0, "of the inputs and of the networks", at_least=0)
 
 
-def _network(activation: str, W: np.ndarray, injected: np.ndarray) -> tuple[bool, float]:
-    """Whether `z ← W φ(z) + injected` comes to rest from 0, and the spectral radius there.
+@partial(jax.jit, static_argnames="activation")
+def _solve(W: Array, injected: Array, activation: str) -> tuple[Array, Array]:
+    """Whether `z ← φ(z) W + injected` comes to rest from 0, and its Jacobian at the first input."""
+    layer, args = tied_layer(activation), (W, injected)
+    found = nt_deq.find_equilibrium(
+        layer, jnp.zeros_like(injected), args, solver=Iteration(TOLERANCE), max_steps=MAX_STEPS
+    )
+    jacobian = jax.jacobian(lambda z: layer(z, (W, injected[0])))(found.value[0])
+    return found.converged.all(), jacobian
 
-    The radius is that of the Jacobian at the first input, and NaN without an equilibrium.
-    """
-    phi, slope = PHI[activation]
-    z = np.zeros_like(injected)
-    for _ in range(MAX_STEPS):
-        before, z = z, phi(z) @ W.T + injected
-        size = np.linalg.norm(z)
-        if size > 1e12:
-            break
-        if np.linalg.norm(z - before) <= TOLERANCE * size:
-            return True, float(np.abs(np.linalg.eigvals(W * slope(z[0]))).max())
-    return False, np.nan
+
+def _network(activation: str, W: np.ndarray, injected: np.ndarray) -> tuple[bool, float]:
+    """Whether it comes to rest, and the spectral radius there, NaN without an equilibrium."""
+    with enable_x64(True):
+        at_rest, jacobian = _solve(jnp.asarray(W), jnp.asarray(injected), activation)
+    if not at_rest:
+        return False, np.nan
+    return True, float(np.abs(np.linalg.eigvals(jacobian)).max())
 
 
 def measure(settings: Settings, workdir: Workdir, activation: str) -> list[dict[str, Any]]:
@@ -78,7 +81,7 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> list[dict[
             outcomes = []
             for network in range(settings.networks):
                 rng = np.random.default_rng((settings.seed, settings.width, network))
-                W = rng.standard_normal((settings.width,) * 2) * W_std / settings.width**0.5
+                W = rng.standard_normal((settings.width,) * 2).T * W_std / settings.width**0.5
                 U = rng.standard_normal((FEATURES, settings.width))
                 injected = x @ U * (settings.U_std / FEATURES**0.5)
                 outcomes.append(_network(activation, W, injected))
@@ -222,7 +225,7 @@ def _draw(found: dict[str, list[dict[str, Any]]], plt: Any) -> Any:
 
 def main(settings: Settings, workdir: Workdir) -> None:
     """Measures both activations and writes the report."""
-    found = {activation: measure(settings, workdir, activation) for activation in PHI}
+    found = {activation: measure(settings, workdir, activation) for activation in ACTIVATIONS}
     rows = [
         [
             f"{activation}, W_std {p['W_std']:.3g}",

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array, lax
 
 from nt_deq import spectral_radius
-from experiments.lib.networks import EquilibriumNetwork
+from experiments.lib.networks import Network
 
 EVALUATION_BATCH = 1000
 JACOBIAN_INPUTS, JACOBIAN_STEPS = 100, 40  # of the estimate of a spectral radius
@@ -66,16 +66,10 @@ def make_schedule(kind: str, learning_rate: float, warmup_steps: int, steps: int
       warmup_steps: steps in which it rises to that, linearly.
       steps: how many there are in all.
     """
-    after = (
-        optax.cosine_decay_schedule(learning_rate, steps - warmup_steps)
-        if kind == "cosine"
-        else optax.constant_schedule(learning_rate)
-    )
-    if not warmup_steps:
-        return after
-    # The first step is not wasted on a learning rate of zero.
-    rise = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
-    return optax.join_schedules([rise, after], [warmup_steps])
+    first = learning_rate / (warmup_steps + 1)  # not 0, which would be a step wasted
+    if kind == "cosine":
+        return optax.warmup_cosine_decay_schedule(first, learning_rate, warmup_steps, steps)
+    return optax.linear_schedule(first, learning_rate, warmup_steps)
 
 
 def make_optimizer(
@@ -85,11 +79,9 @@ def make_optimizer(
 
     Every step also takes `learning_rate · weight_decay · params` off.
     """
-    return optax.chain(
-        optax.scale_by_adam() if name == "adam" else optax.identity(),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(schedule),
-    )
+    if name == "adam":
+        return optax.adamw(schedule, weight_decay=weight_decay)
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule))
 
 
 def cross_entropy(f: Array, labels: Array) -> Array:
@@ -120,7 +112,7 @@ class Classifier:
 
     def __init__(
         self,
-        network: EquilibriumNetwork,
+        network: Network,
         optimizer: optax.GradientTransformation,
         loss: str,
         shift: int = 0,
@@ -147,7 +139,7 @@ class Classifier:
             finite=jnp.ones((), bool),
         )
 
-    def network(self, params: Any) -> EquilibriumNetwork:
+    def network(self, params: Any) -> Network:
         """The network with parameters `params`."""
         return nnx.merge(self._graph, params)
 
@@ -215,7 +207,7 @@ class Classifier:
 
     def _measure(self, params: Any, x: Array, labels: Array) -> tuple[Array, ...]:
         network = self.network(params)
-        solution = network.deq.solve(network.features(x))
+        solution = network.deq.solve(network.stem(x))
         f = network.read(solution.value)
         loss = jnp.where(solution.converged, self._loss(f, labels), jnp.nan)
         size = jax.vmap(jnp.linalg.norm)(solution.value)
@@ -225,7 +217,7 @@ class Classifier:
 
     def _spectral_radius(self, params: Any, x: Array) -> Array:
         network = self.network(params)
-        features = network.features(x)
+        features = network.stem(x)
         z = network.deq.equilibrium(features)
         radii = spectral_radius(
             lambda z: network.deq.step(z, features),

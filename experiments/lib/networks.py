@@ -6,6 +6,7 @@ parameterisation: every parameter is drawn from `N(0, 1)` and trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from jax import Array
 
 import nt_deq
 from nt_deq import stax
-from nt_deq.iterations import FixedPointSolver
+
+PIXELS = 8  # along a side, that a convolutional DEQ works on at most
 
 
 @dataclass(frozen=True)
@@ -47,74 +49,98 @@ class Architecture:
         )
 
 
-class EquilibriumNetwork(nnx.Module):
-    """A network with one DEQ layer, `deq`, between `features` and `read`."""
+class Network(nnx.Module):
+    """A finite network with one DEQ layer, between `stem` and `readout`."""
 
-    deq: nt_deq.flax.DEQ
-
-    def features(self, x: Array) -> Array:
-        """What the DEQ layer is given of inputs `x`, `(n, ...)`."""
-        return x
-
-    def read(self, z: Array) -> Array:
-        """The outputs, `(n, C)`, of equilibria `z*`."""
-        raise NotImplementedError
+    def __init__(self, deq: nt_deq.flax.DEQ, readout: nnx.Module, stem: Callable[[Array], Array]):
+        self.deq, self.stem = deq, stem
+        self.readout: Any = readout
 
     def __call__(self, x: Array, z0: Array | None = None) -> tuple[Array, Array]:
         """Returns the outputs for `x`, `(n, C)`, and `z*`, found from `z0`, like `z*`."""
-        z = self.deq.equilibrium(self.features(x), z0)
+        z = self.deq.equilibrium(self.stem(x), z0)
         return self.read(z), z
 
-    def equilibrium_steps(self, x: Array) -> Array:
-        """Returns how many layers the solve of `z*` for `x` applies, from zeros."""
-        return self.deq.solve(self.features(x)).steps
-
-
-class Network(EquilibriumNetwork):
-    """The finite network, `width` wide.
-
-    `solver` finds its equilibrium and `lipschitz` bounds its layer, as in `nt_deq.flax.DEQ`.
-    """
-
-    def __init__(
-        self,
-        architecture: Architecture,
-        in_features: int,
-        width: int,
-        outputs: int,
-        rngs: nnx.Rngs,
-        solver: FixedPointSolver | None = None,
-        lipschitz: float | None = None,
-    ):
-        self.architecture = architecture
-        self.deq = architecture.deq(
-            in_features,
-            width,
-            parameterization="ntk",
-            solver=solver,
-            lipschitz=lipschitz,
-            rngs=rngs,
-        )
-        self.readout = nt_deq.flax.Dense(width, outputs, rngs=rngs)
-
     def read(self, z: Array) -> Array:
-        """The outputs, `(n, C)`, of equilibria `z*`, `(n, width)`."""
-        return self.readout(self.deq.activation.fn(z))
+        """The outputs, `(n, C)`, of equilibria `z*`, `(n, ..., width)`."""
+        h = self.deq.activation.fn(z)
+        return self.readout(h.reshape(len(h), -1))
 
 
-def empirical_ntk(network: Network, x: Array) -> Array:
-    """The NTK of one finite network for inputs `x`, on average over its outputs, `(n, n)`.
+def _as_it_is(x: Array) -> Array:
+    return x
+
+
+def dense(
+    architecture: Architecture,
+    in_features: int,
+    width: int,
+    outputs: int,
+    rngs: nnx.Rngs,
+    **options: Any,
+) -> Network:
+    """The network of inputs `(n, in_features)`; `options` are those of `nt_deq.flax.DEQ`."""
+    deq = architecture.deq(in_features, width, parameterization="ntk", rngs=rngs, **options)
+    return Network(deq, nt_deq.flax.Dense(width, outputs, rngs=rngs), _as_it_is)
+
+
+def conv(
+    architecture: Architecture,
+    shape: tuple[int, int, int],
+    channels: int,
+    outputs: int,
+    rngs: nnx.Rngs,
+    kernel_size: int = 3,
+    **options: Any,
+) -> Network:
+    """A network of images: strided convolutions, normalised, a convolutional DEQ, and a readout.
+
+    The convolutions halve the image until no side has more than `PIXELS` pixels. All layers are in
+    standard parameterisation, so that one learning rate fits them.
+
+    Args:
+      architecture: of the DEQ.
+      shape: of an image, `(height, width, colours)`.
+      channels: of the state of the DEQ.
+      outputs: number of outputs.
+      rngs: draws the parameters.
+      kernel_size: of the DEQ's filters, along a side.
+      options: of `nt_deq.flax.DEQ`.
+    """
+    *sides, features = shape
+    halvings = max(0, math.ceil(math.log2(max(sides) / PIXELS)))
+    stride, stem = 2 if halvings else 1, []
+    for left in reversed(range(max(halvings, 1))):
+        wide = max(1, channels >> left)
+        filters = (3, 3) if stem else (5, 5)
+        stem += [nnx.Conv(features, wide, filters, strides=stride, rngs=rngs), jax.nn.relu]
+        features = wide
+        sides = [-(-side // stride) for side in sides]
+    stem[-1] = nnx.GroupNorm(channels, num_groups=math.gcd(channels, 8), rngs=rngs)
+    deq = architecture.deq(
+        channels,
+        channels,
+        kernel_size=(kernel_size, kernel_size),
+        parameterization="standard",
+        rngs=rngs,
+        **options,
+    )
+    readout = nnx.Linear(math.prod(sides) * channels, outputs, rngs=rngs)
+    return Network(deq, readout, nnx.Sequential(*stem))
+
+
+def empirical_ntk(architecture: Architecture, network: Network, x: Array) -> Array:
+    """The NTK of one finite `dense` network for inputs `x`, averaged over its outputs, `(n, n)`.
 
     The derivative by a weight is what it multiplies times `δ`, the derivative by what it adds to:
     `Θ(x, x') = (W_std²/n h·h' + U_std²/d x·x' + b_std²) δ·δ' + h·h'/n`, and no Jacobian of the
     weights is held. Entries of an input without an equilibrium are NaN.
     """
-    deq, architecture = network.deq, network.architecture
+    deq = network.deq
     z = deq.equilibrium(x)
 
     def outputs(added):
-        at = nt_deq.equilibrium(lambda z, added: deq.step(z, x) + added, z, added)
-        return network.readout(deq.activation.fn(at))
+        return network.read(nt_deq.equilibrium(lambda z, added: deq.step(z, x) + added, z, added))
 
     f, pull_back = jax.vjp(outputs, jnp.zeros_like(z))
     one_hot = jnp.eye(f.shape[1], dtype=f.dtype)
@@ -129,29 +155,29 @@ def empirical_ntk(network: Network, x: Array) -> Array:
     return (architecture.W_std**2 * hidden + injected) * by_z + hidden
 
 
-def split(
+def draw(
     architecture: Architecture, in_features: int, width: int, outputs: int, keys: Array
 ) -> tuple[Callable[[Any, Callable[[Network], Any]], Any], Any]:
-    """Draws networks as functions of their parameters.
+    """Draws `dense` networks as functions of their parameters.
 
     Args:
       architecture: what they are.
       in_features: size of an input.
       width: size of the state.
       outputs: number of outputs.
-      keys: one an network, `(seeds,)`.
+      keys: one for each network, `(seeds,)`.
 
     Returns:
       `(call, params)`: the parameters of all networks, stacked on a leading axis, and
       `call(params, method)`, which is `method(network)` of the network with parameters `params`.
     """
 
-    def draw(key):
-        return Network(architecture, in_features, width, outputs, nnx.Rngs(params=key))
+    def network(key):
+        return dense(architecture, in_features, width, outputs, nnx.Rngs(params=key))
 
-    graph, _ = nnx.split(nnx.eval_shape(lambda: draw(keys[0])))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: network(keys[0])))
 
     def call(params, method):
         return method(nnx.merge(graph, params))
 
-    return call, jax.vmap(lambda key: nnx.split(draw(key))[1])(keys)
+    return call, jax.vmap(lambda key: nnx.split(network(key))[1])(keys)

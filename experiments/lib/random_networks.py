@@ -8,7 +8,7 @@ whatever their number; blocks of networks are parts of the working directory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -74,46 +74,36 @@ def relative_error(covariance: np.ndarray, limit: np.ndarray) -> np.ndarray:
     return np.sum((covariance - limit) ** 2, axis=(-2, -1)) / np.sum(limit**2)
 
 
+def tied_layer(activation: str) -> Callable[[Array, tuple[Array, Array]], Array]:
+    """One layer, `z, (W, u) -> φ(z) W + u`, with the scales of its weights in them."""
+    phi = get_activation(activation).fn
+    return lambda z, args: phi(z) @ args[0] + args[1]
+
+
 @partial(jax.jit, static_argnames=("width", "activation", "depths"))
 def _draw(keys, x, W_std, U_std, *, width, activation, depths):
-    phi = get_activation(activation).fn
-    tolerance = 32 * float(jnp.finfo(x.dtype).eps)
+    phi, layer = get_activation(activation).fn, tied_layer(activation)
 
     def network(key):
         W_key, U_key, V_key = jax.random.split(key, 3)
         W = jax.random.normal(W_key, (width, width), x.dtype) * (W_std / width**0.5)
         U = jax.random.normal(U_key, (x.shape[1], width), x.dtype) * (U_std / x.shape[1] ** 0.5)
         V = jax.random.normal(V_key, (width, OUTPUTS), x.dtype) / width**0.5
-        injected = x @ U
-
-        def layer(z):
-            return phi(z) @ W + injected
+        args = W, x @ U
 
         def results(z, found):
             h = phi(z)
             return jnp.where(found, h @ V, jnp.nan), jnp.where(found, h @ h.T / width, jnp.nan)
 
-        z = jnp.zeros_like(injected)
-        if depths:
-            parts = []
-            for layers in np.diff(depths, prepend=0):
-                z = lax.fori_loop(0, int(layers), lambda _, z: layer(z), z)
-                parts.append(results(z, True))
-            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-
-        def unfinished(state):
-            z, residual, step = state
-            small = residual <= tolerance * jnp.linalg.norm(z)
-            return ~small & jnp.isfinite(residual) & (step < MAX_STEPS)
-
-        def advance(state):
-            z, _, step = state
-            after = layer(z)
-            return after, jnp.linalg.norm(after - z), step + 1
-
-        start = (z, jnp.asarray(jnp.finfo(x.dtype).max), 0)
-        z, residual, _ = lax.while_loop(unfinished, advance, start)
-        return results(z, residual <= tolerance * jnp.linalg.norm(z))
+        z = jnp.zeros_like(args[1])
+        if not depths:
+            found = nt_deq.find_equilibrium(layer, z, args, max_steps=MAX_STEPS)
+            return results(found.value, found.converged.all())
+        parts = []
+        for layers in np.diff(depths, prepend=0):
+            z = lax.fori_loop(0, int(layers), lambda _, z: layer(z, args), z)
+            parts.append(results(z, True))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
     with jax.default_matmul_precision("highest"):
         return lax.map(network, keys)  # not batched: XLA's batched products are slow on a CPU

@@ -46,11 +46,10 @@ from optax import Schedule
 
 from nt_deq import NoEquilibriumError
 from experiments.lib import launch
-from experiments.lib.conv_network import ConvNetwork
 from experiments.lib.data import Dataset, DataSettings, load
 from experiments.lib.launch import flag
 from experiments.lib.minibatch import LOSSES, Classifier, make_optimizer, make_schedule
-from experiments.lib.networks import Architecture, Network
+from experiments.lib.networks import Architecture, conv, dense
 from experiments.lib.report import console_table, figure_style
 from experiments.lib.training import TrainingError
 from experiments.lib.workdir import Workdir, versions
@@ -268,11 +267,11 @@ def make_classifier(settings: Settings, shape: tuple[int, ...], classes: int) ->
     }
     try:
         if settings.network == "dense":
-            network = Network(architecture, math.prod(shape), settings.width, classes, **options)
+            network = dense(architecture, math.prod(shape), settings.width, classes, **options)
         else:
             colours = _image_shape(settings, shape)
             options["kernel_size"] = settings.kernel_size
-            network = ConvNetwork(architecture, colours, settings.width, classes, **options)
+            network = conv(architecture, colours, settings.width, classes, **options)
     except NoEquilibriumError as error:
         raise InputError(f"--{error}") from error
     optimizer = make_optimizer(settings.optimizer, _schedule(settings), settings.weight_decay)

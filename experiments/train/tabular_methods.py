@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import pairwise
 from sklearn.model_selection import GridSearchCV, ParameterGrid, StratifiedKFold
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from experiments.lib import kernel_regression
-from experiments.lib.kernel_regression import Kernel
+from experiments.lib import kernels
+from experiments.lib.kernels import Kernel
 
 INNER_FOLDS = 3  # of the training data, by which hyper-parameters are chosen
 COSTS = (0.1, 1.0, 10.0, 100.0, 1000.0)  # C of a support vector machine, for a mean k(x, x) of 1
@@ -59,17 +58,12 @@ def _of_few_sizes(kernel: Kernel) -> Kernel:
 
 def deep(get: str, W_std: float) -> Kernel:
     """The NNGP kernel or the NTK of an infinitely deep ReLU network."""
-    return _of_few_sizes(kernel_regression.deq(get, W_std))
+    return _of_few_sizes(kernels.deq(get, W_std))
 
 
 def explicit(depth: int) -> Kernel:
     """The NTK of a ReLU network with `depth` hidden layers and He's variances."""
-    return _of_few_sizes(kernel_regression.explicit("ntk", depth))
-
-
-def rbf(shape: float) -> Kernel:
-    """`exp(-γ ‖x - x'‖²)` with `γ = shape/d`."""
-    return lambda x1, x2: pairwise.rbf_kernel(x1, x2, gamma=shape / x1.shape[1])
+    return _of_few_sizes(kernels.explicit("ntk", depth))
 
 
 def inner_folds(y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -132,7 +126,7 @@ METHODS: dict[str, tuple[Callable[..., Outcome], Grid]] = {
     "DEQ-NTK": (partial(support_vectors, partial(deep, "ntk")), {"W_std": W_STDS, "C": COSTS}),
     "DEQ-NNGP": (partial(support_vectors, partial(deep, "nngp")), {"W_std": W_STDS, "C": COSTS}),
     "NTK, depth 1–5": (partial(support_vectors, explicit), {"depth": DEPTHS, "C": COSTS}),
-    "RBF SVM": (partial(support_vectors, rbf), {"γd": SHAPES, "C": COSTS}),
+    "RBF SVM": (partial(support_vectors, kernels.rbf), {"γd": SHAPES, "C": COSTS}),
     "random forest": (
         forest,
         {"n_estimators": (200,), "max_features": ("sqrt", 0.5), "min_samples_leaf": (1, 4)},

@@ -20,7 +20,7 @@ from jax import Array
 
 from experiments.lib.data import standardise
 from experiments.lib.minibatch import EVALUATION_BATCH
-from experiments.lib.networks import EquilibriumNetwork
+from experiments.lib.networks import Network
 from experiments.train.checkpoints import read_checkpoint, read_run
 from experiments.train.classifier import INPUTS, Settings, make_classifier, on_device
 from nt_deq.errors import InputError
@@ -39,7 +39,7 @@ class Trained:
       scale: what the columns of a table are divided by; `None` of images.
     """
 
-    network: EquilibriumNetwork
+    network: Network
     settings: Settings
     classes: np.ndarray
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class Trained:
 
 
 @nnx.jit
-def _outputs(network: EquilibriumNetwork, x: Array) -> Array:
+def _outputs(network: Network, x: Array) -> Array:
     return network(x)[0]
 
 

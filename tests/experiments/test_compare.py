@@ -18,7 +18,7 @@ import pytest
 from experiments.claims.compare import Settings, compare
 from experiments.lib import infinite, training
 from experiments.lib.data import load
-from experiments.lib.networks import Architecture, split
+from experiments.lib.networks import Architecture, draw
 from experiments.lib.report import console_table, fit_power_law, markdown_table
 from experiments.lib.training import TrainingError
 from experiments.lib.workdir import Workdir
@@ -155,9 +155,10 @@ def test_time_is_learning_rate_times_steps_as_in_neural_tangents(x64):
     kernel = x @ x.T
     learning_rate = float(nt.predict.max_learning_rate(kernel, y.size)) / 2000
     steps = 1500
-    trained, _, _ = training.gradient_descent(
-        linear, params, jnp.zeros((3, 6, 1)), x, y, learning_rate, steps
-    )
+    targets = jnp.broadcast_to(y, (3, *y.shape))
+    trained = training.gradient_descent(
+        linear, training.start(params, 1, targets), x, targets, learning_rate, steps
+    ).params
     for before, after in zip(params, trained, strict=True):
         flow = nt.predict.gradient_descent_mse(kernel, y, learning_rate)(steps, x @ before)
         np.testing.assert_allclose(x @ after, flow, atol=2e-3)
@@ -173,7 +174,7 @@ def test_training_is_gradient_descent_from_a_fresh_equilibrium(x64):
         progress=lambda steps: None,
     )  # fmt: skip
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 12), 2)
-    call, params = split(RELU, 64, 12, y.shape[1], keys)
+    call, params = draw(RELU, 64, 12, y.shape[1], keys)
     params = jax.tree.map(lambda leaf: leaf[1], params)
 
     @jax.jit

@@ -11,7 +11,7 @@ from test_claims import launch
 from experiments.claims import dynamics
 from experiments.lib import training
 from experiments.lib.data import load
-from experiments.lib.networks import Architecture, split
+from experiments.lib.networks import Architecture, draw
 from nt_deq.errors import InputError
 
 TINY = dynamics.Settings(
@@ -140,7 +140,7 @@ def test_the_empirical_ntk_is_that_of_500_layers(architecture, x64):
         return phi(z) @ V / width**0.5
 
     keys = jax.random.split(jax.random.fold_in(jax.random.key(3), width), 2)
-    call, params = split(architecture, 64, width, y.shape[1], keys)
+    call, params = draw(architecture, 64, width, y.shape[1], keys)
 
     def weights(network):
         inject = network.deq.inject

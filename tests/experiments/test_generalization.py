@@ -10,13 +10,14 @@ import neural_tangents as nt
 import numpy as np
 import pytest
 from neural_tangents import stax
-from sklearn.gaussian_process import GaussianProcessRegressor, kernels
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF
 from sklearn.kernel_ridge import KernelRidge
 
 from experiments.claims import generalization, generalization_report
-from experiments.lib import interpolation, kernel_regression
+from experiments.lib import kernels, training
 from experiments.lib.data import load
-from experiments.lib.kernel_regression import REGULARISATION, regress, solve
+from experiments.lib.kernels import REGULARISATION, regress
 from experiments.lib.networks import Architecture
 from experiments.lib.workdir import Workdir
 from nt_deq.errors import InputError
@@ -63,7 +64,7 @@ def test_targets_are_those_of_the_labels():
 
 @pytest.mark.slow
 def test_a_tiled_kernel_is_the_kernel(monkeypatch, x64):
-    monkeypatch.setattr(kernel_regression, "TILE", 7)
+    monkeypatch.setattr(kernels, "TILE", 7)
     x = np.random.default_rng(0).standard_normal((16, 5))
     x *= 5**0.5 / np.linalg.norm(x, axis=1, keepdims=True)
     arch = Architecture(1.2, 1.0, 0.0, "relu")
@@ -86,23 +87,21 @@ def test_a_tiled_kernel_is_the_kernel(monkeypatch, x64):
 def test_regression_is_that_of_scikit_learn():
     data, found = problem()
     family, shapes = generalization.FAMILIES["RBF"]
+    ours = regress(family, shapes, found.x, found.targets, data.x_test, lambda: None)
     y = found.targets.swapaxes(0, 1)
-    ours = regress(family, shapes, found.x, y, data.x_test, lambda: None)
     for i, allowed in enumerate((REGULARISATION, REGULARISATION[:1])):
         for noise in (0, 1):
             errors = {}
             for length in shapes:
                 for alpha in allowed:
-                    gp = GaussianProcessRegressor(
-                        kernels.RBF(length * 8), alpha=alpha, optimizer=None
-                    )
+                    gp = GaussianProcessRegressor(RBF(length * 8), alpha=alpha, optimizer=None)
                     gp.fit(found.x[:48], y[:48, noise])
                     error = np.square(gp.predict(found.x[48:]) - y[48:, noise]).mean()
                     errors[length, alpha] = error
             length, alpha = min(errors, key=errors.get)
             assert ours["shape"][i, noise] == length
             assert ours["regularisation"][i, noise] == alpha
-            gp = GaussianProcessRegressor(kernels.RBF(length * 8), alpha=alpha, optimizer=None)
+            gp = GaussianProcessRegressor(RBF(length * 8), alpha=alpha, optimizer=None)
             gp.fit(found.x, y[:, noise])
             for name, x in (("train", found.x), ("test", data.x_test)):
                 np.testing.assert_allclose(ours[name][i, noise], gp.predict(x), atol=1e-6)
@@ -112,8 +111,7 @@ def test_regression_is_that_of_scikit_learn():
 def test_the_deqs_regression_is_ridge_regression_with_its_kernel(x64):
     data, found = problem()
     family, shapes = generalization.FAMILIES["DEQ, NTK"]
-    y = found.targets.swapaxes(0, 1)
-    part = regress(family, shapes, found.x, y, data.x_test, lambda: None)
+    part = regress(family, shapes, found.x, found.targets, data.x_test, lambda: None)
     np.testing.assert_array_equal(part["train"][1].argmax(-1), found.labels)
     for i in (0, 1):
         for noise in (0, 1):
@@ -192,7 +190,7 @@ def test_what_is_finished_is_not_computed_again(run, monkeypatch):
 
     before = json.loads((run / "results.json").read_text())
     monkeypatch.setattr(generalization, "regress", fail)
-    monkeypatch.setattr(interpolation, "train", fail)
+    monkeypatch.setattr(training, "interpolate", fail)
     generalization.main(TINY, Workdir(run))
     assert json.loads((run / "results.json").read_text()) == before
 
@@ -200,7 +198,7 @@ def test_what_is_finished_is_not_computed_again(run, monkeypatch):
 @pytest.mark.slow
 def test_a_network_that_does_not_fit_is_said_not_to(tmp_path):
     data, found = problem(20)
-    trained = interpolation.train(
+    trained = training.interpolate(
         Architecture(0.6, 1.0, 0.0, "relu"), 16, found.x, found.targets, data.x_test,
         learning_rate=1e-3, max_steps=10, enough=0.0009, seeds=2, seed=0, progress=lambda _: None,
     )  # fmt: skip
@@ -212,7 +210,7 @@ def test_a_network_that_does_not_fit_is_said_not_to(tmp_path):
     assert (mse > 0.0009).all()
     limit = {"limit": np.zeros((2, 80, 10))}
     kernel = regress(
-        *generalization.FAMILIES["RBF"], found.x, found.targets.swapaxes(0, 1), data.x_test,
+        *generalization.FAMILIES["RBF"], found.x, found.targets, data.x_test,
         lambda: None,
     )  # fmt: skip
     summary = generalization_report.summarise(
@@ -223,18 +221,6 @@ def test_a_network_that_does_not_fit_is_said_not_to(tmp_path):
     claim = generalization_report._network_claim((0.0, 0.2), {20: summary})
     assert not claim.holds
     assert "Did not fit: width 16 on 20 images, right labels; width 16" in claim.measured
-
-
-def test_solve():
-    rng = np.random.default_rng(0)
-    a = rng.standard_normal((9, 9))
-    kernel, y = a @ a.T, rng.standard_normal((9, 2, 3))
-    ridge = kernel + 0.3 * np.trace(kernel) / 9 * np.eye(9)
-    before = kernel.copy()
-    np.testing.assert_allclose(np.tensordot(ridge, solve(kernel, y, 0.3), 1), y, atol=1e-10)
-    np.testing.assert_array_equal(kernel, before)
-    with pytest.raises(np.linalg.LinAlgError):
-        solve(-kernel, y, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
+from experiments.lib import kernels
 from experiments.lib.networks import Architecture
 from experiments.lib.workdir import Workdir
 from experiments.train import ranking, tabular, tabular_methods, tabular_report
@@ -139,16 +140,14 @@ def test_a_chosen_machine_is_that_of_scikit_learn():
     x, y, train, test = iris()
     grid = {"γd": (0.8,), "C": (2.0,)}
     x_standard = StandardScaler().fit(x[train]).transform(x)
-    found = tabular_methods.support_vectors(
-        tabular_methods.rbf, grid, x_standard, y, train, test, seed=0
-    )
+    found = tabular_methods.support_vectors(kernels.rbf, grid, x_standard, y, train, test, seed=0)
     machine = make_pipeline(StandardScaler(), SVC(gamma=0.2, C=2.0)).fit(x[train], y[train])
     assert found.accuracy == machine.score(x[test], y[test])
 
 
 def test_the_better_one_is_chosen():
     x, y, train, test = iris()
-    fit = partial(tabular_methods.support_vectors, tabular_methods.rbf)
+    fit = partial(tabular_methods.support_vectors, kernels.rbf)
     found = fit({"γd": (1e3, 0.5), "C": (1e-3, 1.0)}, x, y, train, test, seed=0)
     assert found.chosen == "γd=0.5 C=1.0"
     assert found.validation > 0.9

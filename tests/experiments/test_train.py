@@ -24,7 +24,7 @@ from marks import slow_except
 from experiments.lib import minibatch
 from experiments.lib.data import load
 from experiments.lib.minibatch import Classifier, make_optimizer, make_schedule, shifted
-from experiments.lib.networks import Architecture, Network
+from experiments.lib.networks import Architecture, dense
 from experiments.lib.training import TrainingError
 from experiments.lib.workdir import Workdir
 from experiments.train import classifier as train
@@ -115,7 +115,7 @@ def test_steps_are_those_of_the_explicit_deep_network(loss):
     data = load("digits", None, 50, 20, seed=0)
     x, labels = jnp.asarray(data.x_train, jnp.float32), jnp.asarray(data.y_train)
     batches = jnp.asarray(np.random.default_rng(1).permutation(50)[:48].reshape(3, 16))
-    network = Network(RELU, 64, 32, 10, nnx.Rngs(0), solver=Iteration(4e-6))
+    network = dense(RELU, 64, 32, 10, nnx.Rngs(0), solver=Iteration(4e-6))
     optimizer = make_optimizer("sgd", make_schedule("constant", 0.3, 2, 3), 0.01)
     trainer = Classifier(network, optimizer, loss)
     trained = trainer.take_steps(trainer.init(), x, labels, batches, 3)
@@ -147,7 +147,7 @@ def data_of(data):
 
 def test_evaluation_in_parts(monkeypatch):
     data = load("digits", None, 50, 20, seed=0)
-    network = Network(RELU, 64, 12, 10, nnx.Rngs(0))
+    network = dense(RELU, 64, 12, 10, nnx.Rngs(0))
     one = Classifier(network, make_optimizer("sgd", lambda step: 0.1, 0.0), "cross_entropy")
     params = one.init().params
     whole = one.evaluate(params, *data_of(data))

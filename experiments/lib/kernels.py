@@ -1,6 +1,6 @@
-"""Kernel regression, interpolating or regularised, tuned on a part of the training data.
+"""Kernel matrices as float64 arrays, and regression with them, tuned on a part of the data.
 
-Kernels are float64 and computed tile by tile, so that two matrices of `n × n` are all that is held.
+They are computed tile by tile, so that two matrices of `n × n` are all that is held.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import linalg
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.metrics.pairwise import rbf_kernel
 
 from nt_deq import nt
 from experiments.lib.networks import Architecture
 from experiments.lib.workdir import Arrays
 from nt_deq._bridges import enable_x64
-from nt_deq.errors import NotPositiveDefiniteError
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -70,27 +70,24 @@ def explicit(get: str, depth: float) -> Kernel:
     return tiled(partial(_explicit_tile, depth=int(depth), get=get))
 
 
+def rbf(gamma: float) -> Kernel:
+    """`exp(-γ ‖x - x'‖²/d)`."""
+    return lambda x1, x2: rbf_kernel(x1, x2, gamma=gamma / x1.shape[1])
+
+
 def _padded(x: np.ndarray) -> tuple[Any, int]:
     repeats = np.pad(x, ((0, TILE - len(x)), (0, 0)), mode="edge")
     return jnp.asarray(repeats, jnp.float64), len(x)
 
 
-def solve(kernel: np.ndarray, y: np.ndarray, regularisation: float) -> np.ndarray:
-    """Returns `α` with `(K + regularisation · mean(diag K) · 1) α = y`, by Cholesky.
+def fit(kernel: np.ndarray, y: np.ndarray, regularisation: float) -> KernelRidge:
+    """Regression with a kernel matrix, `(n, n)`, on targets `(n, C)`.
 
-    Args:
-      kernel: `K`, `(n, n)`.
-      y: `(n, ...)`.
-      regularisation: relative to the mean of K's diagonal.
-
-    Raises:
-      numpy.linalg.LinAlgError: the matrix is not positive definite to rounding.
+    `regularisation` is added to the diagonal, relative to its mean. Of a matrix that is singular to
+    rounding it is least squares, and scikit-learn warns.
     """
-    matrix = kernel.copy().T  # the same, in the order that LAPACK works in
-    matrix[np.diag_indices(len(matrix))] += regularisation * np.mean(np.diag(kernel))
-    factor = linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
-    flat = linalg.cho_solve(factor, y.reshape(len(y), -1), check_finite=False)
-    return flat.reshape(y.shape)
+    alpha: Any = regularisation * np.mean(np.diag(kernel))
+    return KernelRidge(alpha=alpha, kernel="precomputed").fit(kernel, y)
 
 
 def regress(
@@ -111,62 +108,50 @@ def regress(
       family: the kernel of a shape parameter.
       shapes: values to choose from.
       x: inputs, `(n, d)`.
-      y: targets of several problems, `(n, problems, C)`.
+      y: targets of several problems, `(problems, n, C)`.
       x_test: inputs, `(m, d)`.
       progress: called after every regression on the validation split.
 
     Returns:
       Over `MODES` and problems: `shape` and `regularisation` that were chosen, and the predictions
       `train (modes, problems, n, C)` and `test (modes, problems, m, C)`.
-
-    Raises:
-      NotPositiveDefiniteError: the chosen kernel is not positive definite to rounding.
     """
     fitted = len(x) - max(1, round(VALIDATION * len(x)))
-    errors = np.full((len(shapes), len(REGULARISATION), y.shape[1]), np.inf)
+    together = y.swapaxes(0, 1)
+    flat = together.reshape(len(x), -1)
+    errors = np.empty((len(shapes), len(REGULARISATION), len(y)))
     for i, shape in enumerate(shapes):
         kernel = family(shape)(x, x)
         for j, regularisation in enumerate(REGULARISATION):
-            try:
-                alpha = solve(kernel[:fitted, :fitted], y[:fitted], regularisation)
-            except np.linalg.LinAlgError:
-                continue
-            prediction = np.tensordot(kernel[fitted:, :fitted], alpha, 1)
-            errors[i, j] = np.square(prediction - y[fitted:]).mean((0, 2))
+            ridge = fit(kernel[:fitted, :fitted], flat[:fitted], regularisation)
+            prediction = ridge.predict(kernel[fitted:, :fitted])
+            squares = np.square(prediction - flat[fitted:]).reshape(-1, *together.shape[1:])
+            errors[i, j] = squares.mean((0, 2))
             progress()
-    chosen = {}
-    for mode, allowed in zip(MODES, (len(REGULARISATION), 1), strict=True):
-        for problem in range(y.shape[1]):
-            of_problem = errors[:, :allowed, problem]
-            chosen[mode, problem] = np.unravel_index(of_problem.argmin(), of_problem.shape)
-    size = (len(MODES), y.shape[1])
+    size = (len(MODES), len(y))
     found = {
         "shape": np.empty(size),
         "regularisation": np.empty(size),
         "train": np.empty((*size, len(x), y.shape[2])),
         "test": np.empty((*size, len(x_test), y.shape[2])),
     }
-    for i in {int(i) for i, _ in chosen.values()}:
-        to = family(shapes[i])
-        kernel = to(x, x)
-        alphas = {}
-        for (mode, problem), (chosen_i, j) in chosen.items():
-            if chosen_i != i:
-                continue
-            try:
-                alpha = solve(kernel, y[:, problem], REGULARISATION[j])
-            except np.linalg.LinAlgError:
-                raise NotPositiveDefiniteError(
-                    f"a kernel of shape {shapes[i]:.4g} on {len(x)} inputs is singular to "
-                    "rounding: inputs are equal or nearly; leave out --counts as large."
-                ) from None
-            at = MODES.index(mode), problem
-            alphas[at] = alpha
-            found["shape"][at], found["regularisation"][at] = shapes[i], REGULARISATION[j]
-            found["train"][at] = kernel @ alpha
+    chosen = {}
+    for mode, allowed in enumerate((len(REGULARISATION), 1)):
+        for problem in range(len(y)):
+            of_problem = errors[:, :allowed, problem]
+            i, j = map(int, np.unravel_index(of_problem.argmin(), of_problem.shape))
+            chosen.setdefault(i, []).append((mode, problem))
+            found["shape"][mode, problem] = shapes[i]
+            found["regularisation"][mode, problem] = REGULARISATION[j]
+    for i, places in chosen.items():
+        of = family(shapes[i])
+        kernel = of(x, x)
+        ridges = {at: fit(kernel, y[at[1]], found["regularisation"][at]) for at in places}
+        for at, ridge in ridges.items():
+            found["train"][at] = ridge.predict(kernel)
         del kernel
         for row in range(0, len(x_test), TILE):
-            to_train = to(x_test[row : row + TILE], x)
-            for at, alpha in alphas.items():
-                found["test"][at][row : row + TILE] = to_train @ alpha
+            to_train = of(x_test[row : row + TILE], x)
+            for at, ridge in ridges.items():
+                found["test"][at][row : row + TILE] = ridge.predict(to_train)
     return found
