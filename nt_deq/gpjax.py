@@ -10,6 +10,7 @@ import jax
 import lineax
 
 from nt_deq._extras import extra
+from nt_deq.typing import Get, KernelFn
 
 with extra("gpjax"):
     from gpjax.kernels import AbstractKernel
@@ -48,17 +49,18 @@ class StaxKernel(AbstractKernel):
       get: `'nngp'` or `'ntk'`.
     """
 
-    make_kernel: Callable[[Any], Callable[..., Any]] = eqx.field(static=True, init=False)
+    make_kernel: Callable[[dict[str, Any]], KernelFn] = eqx.field(static=True, init=False)
     parameters: dict[str, Any] = eqx.field(init=False)
-    get: str = eqx.field(static=True, init=False)
+    get: Get = eqx.field(static=True, init=False)
 
     def __init__(
         self,
-        make_kernel: Callable[[Any], Callable[..., Any]],
+        make_kernel: Callable[[dict[str, Any]], KernelFn],
         parameters: Mapping[str, Any],
-        get: str = "nngp",
+        get: Get = "nngp",
     ):
-        self.make_kernel, self.parameters, self.get = make_kernel, dict(parameters), get
+        self.make_kernel, self.parameters = make_kernel, dict(parameters)
+        self.get: Get = get
         super().__init__(compute_engine=_Matrices())
 
     def __call__(self, x: Array, y: Array) -> Array:

@@ -8,8 +8,10 @@ from typing import Any
 import equinox as eqx
 import jax
 from jax import Array
+from jaxtyping import Float
 
 from nt_deq._extras import extra
+from nt_deq.typing import Get, KernelFn
 
 with extra("tinygp"):
     from tinygp.kernels import Kernel
@@ -30,19 +32,21 @@ class StaxKernel(Kernel):
       get: `'nngp'` or `'ntk'`.
     """
 
-    make_kernel: Callable[[Any], Callable[..., Any]] = eqx.field(static=True)
+    make_kernel: Callable[[dict[str, Any]], KernelFn] = eqx.field(static=True)
     parameters: Mapping[str, Any]
-    get: str = eqx.field(static=True, default="nngp")
+    get: Get = eqx.field(static=True, default="nngp")
 
-    def evaluate(self, X1: Array, X2: Array) -> Array:
+    def evaluate(self, X1: Float[Array, " d"], X2: Float[Array, " d"]) -> Float[Array, ""]:
         """The kernel of two inputs `(d,)`."""
         return self._matrix(X1[None], X2[None])[0, 0]
 
-    def evaluate_diag(self, X: Array) -> Array:
+    def evaluate_diag(self, X: Float[Array, " d"]) -> Float[Array, ""]:
         """The kernel of an input `(d,)` with itself."""
         return self._matrix(X[None], None)[0, 0]
 
-    def __call__(self, X1: Array, X2: Array | None = None) -> Array:
+    def __call__(
+        self, X1: Float[Array, "n d"], X2: Float[Array, "m d"] | None = None
+    ) -> Float[Array, "n ..."]:
         """The kernel of inputs `(n, d)` and `(m, d)`; of one batch alone its diagonal, `(n,)`."""
         if X2 is None:
             return jax.vmap(self.evaluate_diag)(X1)

@@ -11,16 +11,15 @@ and variance `σ²` of the output of a class,
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from jaxtyping import Float, Int, Real
 from scipy import optimize
 from scipy.special import log_ndtr, logsumexp
 
 
 def log_probabilities(
-    mean: np.ndarray, variance: np.ndarray, slope: float, shift: float
-) -> np.ndarray:
+    mean: Float[np.ndarray, "m C"], variance: Float[np.ndarray, " m"], slope: float, shift: float
+) -> Float[np.ndarray, "m classes"]:
     """Computes `log p_c`, `(m, C)`.
 
     Args:
@@ -35,7 +34,10 @@ def log_probabilities(
 
 
 def calibrate(
-    mean: np.ndarray, variance: np.ndarray, labels: np.ndarray, weights: Any = None
+    mean: Float[np.ndarray, "n C"],
+    variance: Float[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"],
+    weights: Real[np.ndarray, " n"] | None = None,
 ) -> tuple[float, float]:
     """Finds the `α` and `β` that make the labels the most probable.
 

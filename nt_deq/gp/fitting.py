@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Real
 from scipy import optimize
 
 from nt_deq import _checks
@@ -48,12 +50,12 @@ class Fit(NamedTuple):
 
     parameters: dict[str, float]
     loss: float
-    hessian: np.ndarray
+    hessian: Float[np.ndarray, "p p"]
     standard_errors: dict[str, float]
     distance: float
     converged: bool
     steps: int
-    losses: np.ndarray
+    losses: Float[np.ndarray, " starts"]
 
 
 def largest_W_std(activation: str | Activation | Callable[[Array], Array] = "relu") -> float:
@@ -74,14 +76,14 @@ def largest_W_std(activation: str | Activation | Callable[[Array], Array] = "rel
 
 def fit(
     make_kernel: Callable[[dict[str, Any]], KernelFn],
-    x: Any,
-    y: Any,
+    x: Real[ArrayLike, "n ..."],
+    y: Real[ArrayLike, "n ..."],
     start: Mapping[str, float],
     *,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     get: Get = "nngp",
     loss: Loss = "marginal_likelihood",
-    weights: Any = None,
+    weights: Real[ArrayLike, " n"] | None = None,
     restarts: int = 3,
     seed: int = 0,
     max_steps: int = 200,
@@ -95,7 +97,7 @@ def fit(
     that a step goes to.
 
         def make_kernel(p):
-            return stax.serial(stax.DEQ(1, p["W_std"], b_std=p["b_std"]), stax.Dense(1))[2]
+            return nt_deq.deq_network(p["W_std"], b_std=p["b_std"])[2]
 
         start = {"W_std": 0.8, "b_std": 0.3, "noise": 0.1}
         found = gp.fit(make_kernel, x, y, start, bounds={"W_std": (0, gp.largest_W_std("relu"))})

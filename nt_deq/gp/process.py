@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ import numpy as np
 from jax import Array
 from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.scipy.special import xlogy
+from jax.typing import ArrayLike
+from jaxtyping import Float, Real
 
 from nt_deq import _checks
 from nt_deq.errors import ArgumentError, NotPositiveDefiniteError
@@ -24,18 +26,18 @@ class Prediction(NamedTuple):
       variance: `(m,)`, of every output.
     """
 
-    mean: Array
-    variance: Array
+    mean: Float[Array, "m ..."]
+    variance: Float[Array, " m"]
 
 
 def log_marginal_likelihood(
     kernel_fn: KernelFn,
-    x: Any,
-    y: Any,
-    noise: float | Array,
+    x: Real[ArrayLike, "n ..."],
+    y: Real[ArrayLike, "n ..."],
+    noise: float | Float[Array, ""],
     get: Get = "nngp",
-    weights: Any = None,
-) -> Array:
+    weights: Real[ArrayLike, " n"] | None = None,
+) -> Float[Array, ""]:
     """Computes `log N(y | 0, K + noise)`, in nats, summed over outputs (GPML eq. 2.30).
 
     With weights it is the likelihood of every `y_i` observed `weights_i` times:
@@ -73,11 +75,11 @@ def log_marginal_likelihood(
 
 def leave_one_out(
     kernel_fn: KernelFn,
-    x: Any,
-    y: Any,
-    noise: float | Array,
+    x: Real[ArrayLike, "n ..."],
+    y: Real[ArrayLike, "n ..."],
+    noise: float | Float[Array, ""],
     get: Get = "nngp",
-    weights: Any = None,
+    weights: Real[ArrayLike, " n"] | None = None,
 ) -> Prediction:
     """Predicts every `y_i` from all others, at the price of one fit (GPML eq. 5.12).
 
@@ -105,12 +107,12 @@ def leave_one_out(
 
 def leave_one_out_loss(
     kernel_fn: KernelFn,
-    x: Any,
-    y: Any,
-    noise: float | Array,
+    x: Real[ArrayLike, "n ..."],
+    y: Real[ArrayLike, "n ..."],
+    noise: float | Float[Array, ""],
     get: Get = "nngp",
-    weights: Any = None,
-) -> Array:
+    weights: Real[ArrayLike, " n"] | None = None,
+) -> Float[Array, ""]:
     """Computes `-Σᵢ wᵢ log p(y_i | x, y_{-i})`, in nats, over all outputs (GPML eq. 5.10, 5.11).
 
     Against a wrong model it is the more robust criterion of the two (GPML sec. 5.4.2). Arguments
@@ -124,12 +126,12 @@ def leave_one_out_loss(
 
 def posterior(
     kernel_fn: KernelFn,
-    x: Any,
-    y: Any,
-    noise: float | Array,
-    x_test: Any,
+    x: Real[ArrayLike, "n ..."],
+    y: Real[ArrayLike, "n ..."],
+    noise: float | Float[Array, ""],
+    x_test: Real[ArrayLike, "m ..."],
     get: Get = "nngp",
-    weights: Any = None,
+    weights: Real[ArrayLike, " n"] | None = None,
 ) -> Prediction:
     """Predicts `f` at other inputs (GPML eq. 2.25, 2.26).
 
@@ -146,7 +148,9 @@ def posterior(
       weights: how many observations each target stands for, `(n,)`; `None` is one each.
 
     Returns:
-      Mean and variance of `f`; add `noise` to the variance for that of a new observation.
+      Mean and variance of `f`; add `noise` to the variance for that of a new observation. A
+      variance below its rounding is not known any better than that, and given as that: without
+      noise it is never 0, and in float32 about 1e-7 of the variance before at the least.
     """
     shape = np.shape(y)[1:]
     x, y, factor, counts = _factorise(kernel_fn, x, y, noise, get, weights)
@@ -156,16 +160,26 @@ def posterior(
     covariance = jnp.sqrt(counts)[:, None] * _matrix(kernel_fn, x, x_test, get)
     whitened = solve_triangular(factor, covariance, lower=True)
     mean = jnp.matmul(whitened.T, solve_triangular(factor, y, lower=True), precision="highest")
-    variance = variances(kernel_fn, x_test, get) - jnp.sum(whitened**2, axis=0)
-    return Prediction(mean.reshape(len(x_test), *shape), jnp.maximum(variance, 0))
+    prior = variances(kernel_fn, x_test, get)
+    variance = prior - jnp.sum(whitened**2, axis=0)
+    # Rounding of the kernel by a relative ε as if by chance, times the weights of the targets.
+    weights = jax.lax.stop_gradient(solve_triangular(factor, whitened, lower=True, trans=1))
+    largest = jnp.max(jnp.sum(factor**2, axis=1))
+    unit = jnp.finfo(variance.dtype).eps
+    rounding = unit * (prior + largest * jnp.sum(weights**2, axis=0))
+    return Prediction(mean.reshape(len(x_test), *shape), jnp.maximum(variance, rounding))
 
 
-def variances(kernel_fn: KernelFn, x: Array, get: Get = "nngp") -> Array:
+def variances(
+    kernel_fn: KernelFn, x: Float[Array, "n ..."], get: Get = "nngp"
+) -> Float[Array, " n"]:
     """Returns the kernel of every input `(n, ...)` with itself, `(n,)`, and no other entry."""
     return jax.vmap(lambda x: kernel_fn(x[None], None, get)[0, 0])(x)
 
 
-def data(x: Any, y: Any) -> tuple[Array, Array]:
+def data(
+    x: Real[ArrayLike, "n ..."], y: Real[ArrayLike, "n ..."]
+) -> tuple[Float[Array, "n ..."], Float[Array, "n C"]]:
     """`x (n, ...)` and `y (n, C)` in the dtype of everything."""
     x, y = jnp.asarray(x, float), jnp.asarray(y, float)
     _checks.examples("x", x)

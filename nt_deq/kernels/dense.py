@@ -25,7 +25,7 @@ from jax import Array
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
-from nt_deq.errors import ArgumentError
+from nt_deq.errors import ArgumentError, NoEquilibriumError, NotConvergedError
 from nt_deq.kernels.pairs import (
     Injection,
     Marginals,
@@ -38,18 +38,6 @@ from nt_deq.kernels.series import Chebyshev
 from nt_deq.solvers import Newton, Solver, rounding
 
 Get = Literal["nngp", "ntk"]  # which kernel
-
-
-class NoEquilibriumError(ValueError):
-    """The network has no stable equilibrium: `W_std² E[φ'(z*)²] >= 1` for some input."""
-
-
-class NotConvergedError(RuntimeError):
-    """The equilibrium may exist, but `max_steps` steps of the solver did not reach it."""
-
-
-class NotPositiveDefiniteError(RuntimeError):
-    """The kernel matrix, with what is added to its diagonal, is not positive definite."""
 
 
 class KernelSolution(NamedTuple):

@@ -11,6 +11,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct
 
 from nt_deq import NoEquilibriumError, deq_kernel, gp, stax
+from nt_deq._bridges import enable_x64
 from nt_deq.activations import ACTIVATIONS
 from nt_deq.regression import NotPositiveDefiniteError
 
@@ -261,6 +262,18 @@ def test_float32_is_near_and_never_repaired(dtype):
     with pytest.raises(NotPositiveDefiniteError, match=rf"{dtype} with noise=0.0; take a noise of"):
         gp.log_marginal_likelihood(*singular)
     assert np.isnan(jax.jit(lambda: gp.log_marginal_likelihood(*singular))())
+
+
+def test_variances_below_rounding_are_given_as_that(dtype):
+    """At inputs that were observed, with hardly any noise."""
+    x, y = data(12)
+    args = (make_kernel(POINT), x, y, 1e-6, x)
+    found = gp.posterior(*args).variance
+    with enable_x64(True):
+        exact = gp.posterior(*args).variance
+    assert found.dtype == dtype
+    assert (found > exact / 1.5).all()
+    assert found.max() < (1e-4 if dtype == np.float32 else 2e-6)
 
 
 def test_no_equilibrium_is_an_error(x64):
