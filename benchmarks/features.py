@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from nt_deq import regression, stax  # isort: split
+from nt_deq import deq_network, regression  # isort: split
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +29,23 @@ from experiments.lib.data import Dataset, load
 SETTING = dict(W_std=0.5**0.5, U_std=0.5, b_std=0.5**0.5)
 V_STD, DIAG_REG, BATCH, DEGREE, SAMPLE = 2**0.5, 1e-4, 2000, 8, 1000
 KINDS = ("nystrom", "sketch", "both")
-KERNEL_FN = stax.serial(stax.DEQ(1, **SETTING), stax.Dense(1, V_STD))[2]
+KERNEL_FN = deq_network(**SETTING, V_std=V_STD)[2]
 
 
 def make(kind: str, size: int, x_train: np.ndarray) -> regression.Features:
     """`size` features of a kind; landmarks are the first training inputs, drawn at random."""
     d, key = x_train.shape[1], jax.random.key(0)
     if kind == "nystrom":
-        return regression.NystromFeatures(KERNEL_FN, x_train[:size])
-    series = regression.deq_series(1 if kind == "both" else DEGREE, V_std=V_STD, **SETTING)
+        return regression.NystromFeatures(KERNEL_FN, x_train[:size], "ntk")
+    series = regression.deq_series(
+        1 if kind == "both" else DEGREE, V_std=V_STD, get="ntk", **SETTING
+    )
     if kind == "sketch":
         return regression.SketchFeatures(series, d, size, key)
     leading = regression.SketchFeatures(series, d, d + 1, key)
     landmarks = x_train[: size - leading.size]
     return regression.concatenate(
-        leading, regression.NystromFeatures(series.remainder(KERNEL_FN), landmarks)
+        leading, regression.NystromFeatures(series.remainder(KERNEL_FN), landmarks, "ntk")
     )
 
 
@@ -53,7 +55,9 @@ def accuracy(kind: str, size: int, data: Dataset) -> dict[str, Any]:
     start = time.perf_counter()
     features = make(kind, size, x_train)
     made = time.perf_counter() - start
-    error = float(regression.feature_error(features, KERNEL_FN, jnp.asarray(x_test[:SAMPLE])))
+    error = float(
+        regression.feature_error(features, KERNEL_FN, jnp.asarray(x_test[:SAMPLE]), "ntk")
+    )
     model = regression.FeatureRegression(features, DIAG_REG)
     start = time.perf_counter()
     model.fit(regression.in_batches(x_train, data.targets_train, BATCH))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nt_deq import gp, stax  # isort: split
+from nt_deq import deq_network, gp  # isort: split
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ START = {name: float(values[2]) for name, values in GRID.items()}
 
 def make_kernel(p: dict[str, Any]) -> Callable[..., Any]:
     """The network of hyper-parameters."""
-    return stax.serial(stax.DEQ(1, p["W_std"], b_std=p["b_std"]), stax.Dense(1))[2]
+    return deq_network(p["W_std"], b_std=p["b_std"])[2]
 
 
 def data(n: int) -> tuple[np.ndarray, np.ndarray]:

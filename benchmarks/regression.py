@@ -22,7 +22,7 @@ import nt_deq  # isort: split
 
 import numpy as np
 
-from nt_deq import nt, stax
+from nt_deq import deq_network, nt
 from benchmarks import _measure
 from experiments.lib.data import Dataset, load
 from experiments.lib.report import fit_power_law
@@ -32,13 +32,13 @@ W_STD, U_STD, B_STD = 0.7, 0.5, 0.7
 
 
 def _kernel_fn() -> Any:
-    return stax.serial(stax.DEQ(1, W_STD, U_STD, B_STD), stax.Dense(1))[2]
+    return deq_network(W_STD, U_STD, B_STD)[2]
 
 
 def ours(data: Dataset, method: Any) -> np.ndarray:
     """`KernelRegression` with the NTK."""
     regression = nt_deq.KernelRegression(
-        _kernel_fn(), diag_reg=DIAG_REG, method=method, progress=False
+        _kernel_fn(), "ntk", DIAG_REG, method=method, progress=False
     )
     return regression.fit(data.x_train, data.targets_train).predict(data.x_test)
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nt_deq import stax
+from nt_deq import deq_network
 from benchmarks import _measure
 from nt_deq.regression.plan import bytes_per_step
 
@@ -92,7 +92,7 @@ def project(chip: Chip, n: int, tile: dict[str, float]) -> dict[str, Any]:
 
 def main() -> None:
     """Counts, prints a Markdown table and writes JSON."""
-    kernel_fn = stax.serial(stax.DEQ(1, 0.7, 0.5, 0.7), stax.Dense(1))[2]
+    kernel_fn = deq_network(0.7, 0.5, 0.7)[2]
     tile = cost(lambda x1, x2: kernel_fn(x1, x2, "ntk"), (SIDE, FEATURES), (SIDE, FEATURES))
     print(
         f"a tile of {SIDE} x {SIDE}, d = {FEATURES}: {tile['flops']:.2e} flops, of which "

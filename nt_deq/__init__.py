@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from nt_deq.iterations import SampleSolution
     from nt_deq.kernels.dense import KernelSolution, deq_kernel
     from nt_deq.kernels.series import Chebyshev
-    from nt_deq.regression import KernelRegression
+    from nt_deq.networks import deq_network
+    from nt_deq.regression import KernelClassifier, KernelRegression
     from nt_deq.solvers import Anderson, Newton, Picard
 
     __version__: str
@@ -41,7 +42,8 @@ _HOMES = {
     "nt_deq.fixed_point.stability": ("jacobian_regularization", "spectral_radius"),
     "nt_deq.kernels.dense": ("KernelSolution", "deq_kernel"),
     "nt_deq.kernels.series": ("Chebyshev",),
-    "nt_deq.regression": ("KernelRegression",),
+    "nt_deq.networks": ("deq_network",),
+    "nt_deq.regression": ("KernelClassifier", "KernelRegression"),
     "nt_deq.solvers": ("Anderson", "Newton", "Picard"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

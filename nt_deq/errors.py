@@ -29,3 +29,7 @@ class NotPositiveDefiniteError(NtDeqError, RuntimeError):
 
 class StoreError(NtDeqError, RuntimeError):
     """A store cannot be used or written; what is in it stays as it is."""
+
+
+class LostProcessError(NtDeqError, RuntimeError):
+    """Another process of a mesh did not answer: start all of them again."""

@@ -17,7 +17,6 @@ from flax import nnx
 from jax import Array
 
 import nt_deq
-from nt_deq import stax
 
 PIXELS = 8  # along a side, that a convolutional DEQ works on at most
 
@@ -33,8 +32,8 @@ class Architecture:
 
     def kernel_fn(self, outputs: int) -> Callable[..., Any]:
         """The kernels of the infinitely wide network, for neural-tangents."""
-        deq = stax.DEQ(1, self.W_std, self.U_std, self.b_std or None, self.activation)
-        return stax.serial(deq, stax.Dense(outputs))[2]
+        stds = self.W_std, self.U_std, self.b_std
+        return nt_deq.deq_network(*stds, self.activation, outputs=outputs)[2]
 
     def deq(self, in_features: int, width: int, **options: Any) -> nt_deq.flax.DEQ:
         """Its layer of infinite depth, finitely wide; `options` are those of `nt_deq.flax.DEQ`."""

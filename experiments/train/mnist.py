@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from nt_deq import KernelRegression, stax
+from nt_deq import KernelClassifier, deq_network
 from experiments.lib import launch, report
 from experiments.lib.data import Dataset, DataSettings, load
 from experiments.lib.launch import flag
@@ -33,7 +33,7 @@ from nt_deq.activations import ACTIVATIONS
 from nt_deq.errors import InputError, NotPositiveDefiniteError, StoreError
 
 TUNED_W_STD = (0.3, 0.5, 0.7, 0.9)
-TUNED_DIAG_REG = (1e-5, 1e-4, 1e-3, 1e-2)
+TUNED_NOISE = (1e-5, 1e-4, 1e-3, 1e-2)
 TUNED_TRAIN, TUNED_TEST = 5000, 5000  # training images to fit and to judge by, at most
 
 
@@ -50,25 +50,25 @@ class Settings(DataSettings):
     U_std: float = flag(0.5, "standard deviation of the input weights", above=0)
     b_std: float = flag(0.5**0.5, "standard deviation of the biases, 0 for none", at_least=0)
     V_std: float = flag(2**0.5, "standard deviation of the readout's weights", above=0)
-    diag_reg: float = flag(1e-4, "added to the kernel's diagonal, relative to it", at_least=0)
-    tune: bool = flag(False, "choose W_std and diag_reg on a held-out part of the training images")
+    relative_noise: float = flag(1e-4, "added to the kernel's diagonal, relative to it", at_least=0)
+    tune: bool = flag(False, "choose W_std and noise on a held-out part of the training images")
     method: str = flag("auto", "auto, cholesky or cg")
     keep: str = flag("auto", "the kernel in memory, nothing (computed anew), or auto")
     store: str | None = flag(None, "directory or URL to keep the kernel in instead")
     rank: int | None = flag(None, "landmarks of the preconditioner", at_least=1)
-    tol: float = flag(1e-5, "relative residual", above=0)
+    relative_residual: float = flag(1e-5, "relative residual", above=0)
     seed: int = flag(0, "of the choice of images and of landmarks", at_least=0)
 
     def kernel_fn(self, W_std: float) -> Any:
         """The kernels of the infinitely wide network."""
-        deq = stax.DEQ(1, W_std, self.U_std, self.b_std or None, self.activation)
-        return stax.serial(deq, stax.Dense(1, self.V_std))[2]
+        return deq_network(W_std, self.U_std, self.b_std, self.activation, self.V_std)[2]
 
-    def regression(self, W_std: float, diag_reg: float, **options: Any) -> KernelRegression:
+    def classifier(self, W_std: float, relative_noise: float, **options: Any) -> KernelClassifier:
         """One that is not fitted yet."""
         try:
             kernel_fn = self.kernel_fn(W_std)
-            return KernelRegression(kernel_fn, self.get, diag_reg, seed=self.seed, **options)  # pyright: ignore[reportArgumentType]
+            get: Any = self.get
+            return KernelClassifier(kernel_fn, get, relative_noise, seed=self.seed, **options)
         except ValueError as error:
             raise InputError(f"--{error}") from error
 
@@ -78,20 +78,19 @@ def tune(settings: Settings, data: Dataset) -> list[dict[str, float]]:
     held_out = min(TUNED_TEST, len(data.x_train) // 3)
     fitted = min(TUNED_TRAIN, len(data.x_train) - held_out)
     x, y = data.x_train, data.y_train
-    grid = list(itertools.product(TUNED_W_STD, TUNED_DIAG_REG))
+    grid = list(itertools.product(TUNED_W_STD, TUNED_NOISE))
     rows = []
-    for W_std, diag_reg in progress_bar(grid, desc="tune", unit="setting"):
-        regression = settings.regression(W_std, diag_reg, method="cholesky", progress=False)
+    for W_std, relative_noise in progress_bar(grid, desc="tune", unit="setting"):
+        classifier = settings.classifier(W_std, relative_noise, method="cholesky", progress=False)
         try:
-            regression.fit(x[:fitted], y[:fitted])
+            classifier.fit(x[:fitted], y[:fitted])
         except NotPositiveDefiniteError:
             continue
-        labels = regression.predict(x[-held_out:]).argmax(1)
-        accuracy = float((labels == y[-held_out:]).mean())
-        rows.append({"W_std": W_std, "diag_reg": diag_reg, "accuracy": accuracy})
+        accuracy = float((classifier.predict(x[-held_out:]) == y[-held_out:]).mean())
+        rows.append({"W_std": W_std, "relative_noise": relative_noise, "accuracy": accuracy})
     if not rows:
         raise NotPositiveDefiniteError(
-            "--tune: no setting gives a positive definite kernel; give --diag_reg."
+            "--tune: no setting gives a positive definite kernel; give --relative_noise."
         )
     return sorted(rows, key=lambda row: -row["accuracy"])
 
@@ -138,42 +137,42 @@ def main(settings: Settings, workdir: Workdir) -> None:
             f"--data={settings.data} is a table, and this launcher is for images, (n, height, "
             "width): nt_deq.sklearn has estimators for tables."
         )
-    W_std, diag_reg = settings.W_std, settings.diag_reg
+    W_std, relative_noise = settings.W_std, settings.relative_noise
     tuned = tune(settings, data) if settings.tune else []
     if tuned:
-        W_std, diag_reg = tuned[0]["W_std"], tuned[0]["diag_reg"]
-    regression = settings.regression(
-        W_std, diag_reg, method=settings.method, keep=settings.keep, store=settings.store,
-        rank=settings.rank, tol=settings.tol,
+        W_std, relative_noise = tuned[0]["W_std"], tuned[0]["relative_noise"]
+    classifier = settings.classifier(
+        W_std, relative_noise, method=settings.method, keep=settings.keep, store=settings.store,
+        rank=settings.rank, relative_residual=settings.relative_residual,
     )  # fmt: skip
     start = time.perf_counter()
     try:
-        regression.fit(data.x_train, data.y_train)
+        classifier.fit(data.x_train, data.y_train)
     except StoreError as error:
         raise InputError(f"--{error}") from error
     fit_seconds = time.perf_counter() - start
-    scores = regression.predict(data.x_test)
+    scores = classifier.decision_function(data.x_test)
     seconds = time.perf_counter() - start
     accuracy = float((scores.argmax(1) == data.y_test).mean())
-    solution = regression.solution_
+    solution = classifier.solution_
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
     measured = {
         "accuracy": accuracy,
-        "residual": solution.residual if solution else None,
+        "residual": solution.relative_residual if solution else None,
         "steps": solution.steps if solution else None,
-        "residuals": solution.residuals if solution else [],
+        "residuals": solution.relative_residuals if solution else [],
         "fit_seconds": fit_seconds,
         "seconds": seconds,
         "peak_bytes": peak,
-        "plan": dataclasses.asdict(regression.plan_),
+        "plan": dataclasses.asdict(classifier.plan_),
         "W_std": W_std,
-        "diag_reg": diag_reg,
+        "relative_noise": relative_noise,
         "tuned": tuned,
     }
     solved = (
-        f"relative residual {solution.residual:.1e} after {solution.steps} steps"
+        f"relative residual {solution.relative_residual:.1e} after {solution.steps} steps"
         if solution
         else "solved directly"
     )
@@ -182,8 +181,8 @@ def main(settings: Settings, workdir: Workdir) -> None:
         [
             ["training images", str(len(data.y_train))],
             ["test accuracy", f"{accuracy:.2%}"],
-            ["W_std, diag_reg", f"{W_std:.4g}, {diag_reg:.1g}"],
-            ["how", str(regression.plan_)],
+            ["W_std, relative_noise", f"{W_std:.4g}, {relative_noise:.1g}"],
+            ["how", str(classifier.plan_)],
             ["seconds to fit; with prediction", f"{fit_seconds:.0f}; {seconds:.0f}"],
             ["most memory (GB)", f"{peak / 1e9:.2f}"],
         ],
@@ -200,10 +199,10 @@ def main(settings: Settings, workdir: Workdir) -> None:
         claims=[
             report.Claim(
                 f"The regression is exact: (K + ridge) α = y to a relative residual of "
-                f"{settings.tol:g}, recomputed in float64.",
+                f"{settings.relative_residual:g}, recomputed in float64.",
                 f"{solved[0].upper()}{solved[1:]}; {accuracy:.2%} of {len(data.y_test)} test "
                 "images are classified rightly.",
-                solution is None or solution.residual <= settings.tol,
+                solution is None or solution.relative_residual <= settings.relative_residual,
             )
         ],
         numbers={"measured": measured},

@@ -10,18 +10,25 @@ import argparse
 import importlib
 import importlib.metadata
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from nt_deq.cli.files import end_when_interrupted
-from nt_deq.errors import InputError
+from nt_deq.errors import (
+    LostProcessError,
+    NoEquilibriumError,
+    NotConvergedError,
+    NotPositiveDefiniteError,
+    NtDeqError,
+)
 
 COMMANDS = "kernel", "predict", "compare", "phase", "info"  # a module each
-NO_RESULT, BAD_INPUT = 1, 2
+NO_RESULT, BAD_INPUT, OUR_MISTAKE = 1, 2, 3
 
 _EPILOG = """\
 examples:
-  nt-deq kernel X.npy --out K.npy                    the NTK of the inputs in X.npy, (n, d)
+  nt-deq kernel X.npy --out K.npy                    the kernel of the inputs in X.npy, (n, d)
   nt-deq predict X.npy y.npy X_test.npy --out p.npy  regression, or classification of integers
   nt-deq predict X.csv y.csv X_test.csv --out p.csv  the same of tables
   nt-deq compare                                     finite networks beside the infinite one
@@ -29,8 +36,8 @@ examples:
   nt-deq info                                        versions and devices, for a bug report
 
 exit codes: 0 done; 1 there is no result (no equilibrium, not converged, not enough memory);
-2 a flag or a file cannot be right; 130 interrupted by Ctrl-C, 143 by SIGTERM: files are as they
-were. An error is one line on stderr.
+2 a flag or a file cannot be right; 3 a mistake of nt-deq's; 130 interrupted by Ctrl-C, 143 by
+SIGTERM: files are as they were. An error is one line on stderr; --debug shows where it was raised.
 
 `nt-deq COMMAND --help` tells about a command and its flags.
 """
@@ -68,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
             epilog=f"examples:\n{examples}",
             **options,
         )
+        command.add_argument("--debug", action="store_true", help="show where an error was raised")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
@@ -95,25 +103,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
-    except (InputError, OSError) as error:
-        _tell(error)
-        return BAD_INPUT
-    except (MemoryError, RuntimeError, ValueError) as error:
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
         code = _exit_code(error)
-        if code is None:
-            raise
-        _tell(error)
+        _tell(error if code != OUR_MISTAKE else _report(error))
         return code
     return 0
 
 
-def _exit_code(error: Exception) -> int | None:
-    """That of an error that the user has to know of; `None` is a mistake of ours."""
-    from nt_deq import NoEquilibriumError, NotConvergedError
-    from nt_deq.errors import NotPositiveDefiniteError
-    from nt_deq.regression.store import StoreError
-
-    no_result = NoEquilibriumError, NotConvergedError, NotPositiveDefiniteError, MemoryError
-    if isinstance(error, no_result):
+def _exit_code(error: Exception) -> int:
+    """Whether there is no result, or what was asked for cannot be right, or it is our mistake."""
+    no_result = NoEquilibriumError, NotConvergedError, NotPositiveDefiniteError, LostProcessError
+    if isinstance(error, (*no_result, MemoryError)):
         return NO_RESULT
-    return BAD_INPUT if isinstance(error, ValueError | StoreError) else None
+    return BAD_INPUT if isinstance(error, NtDeqError | OSError) else OUR_MISTAKE
+
+
+def _report(error: Exception) -> str:
+    return (
+        f"{type(error).__name__}: {error} This is a mistake of nt-deq's: please report it, with "
+        "what --debug and `nt-deq info` show."
+    )

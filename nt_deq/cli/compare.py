@@ -95,12 +95,12 @@ def run(args: argparse.Namespace) -> None:
     import optax
     from flax import nnx
 
-    from nt_deq import nt
+    from nt_deq import deq_network, nt
     from nt_deq._progress import progress_bar
     from nt_deq.flax import DEQ, Dense, functional
 
     options = network.options(args)
-    kernel_fn = network.kernel_fn(**options)
+    kernel_fn = deq_network(**options)[2]
     with network.precision(args) as dtype:
         x, y_train = jnp.asarray(x, dtype), jnp.asarray(y[:n], dtype)
         ntk = kernel_fn(x, x[:n], "ntk")

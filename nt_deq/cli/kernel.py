@@ -1,7 +1,7 @@
 """Computes a kernel matrix of an infinitely deep and wide network.
 
 By default it is the kernel of the network with its linear readout, f(x) = V φ(z*)/√n, the one to
-do regression with: its NTK, or its NNGP kernel, the covariance of f. With --of state it is that of
+do regression with: its NNGP kernel, the covariance of f, or its NTK. With --of state it is that of
 the equilibrium z* itself (nt_deq.deq_kernel), with a bound on the error of its covariance.
 
 X.npy, or a table X.csv, has one input per row, (n, d); the kernel's entries depend on x·x'/d, so
@@ -11,13 +11,15 @@ be larger than the memory.
 
 Examples:
   nt-deq kernel X.npy --out K.npy
-  nt-deq kernel X.npy --x2 X_test.npy --out K.npy --get nngp --W-std 1.2 --b-std 0.1
+  nt-deq kernel X.npy --x2 X_test.npy --out K.npy --get ntk --W-std 1.2 --b-std 0.1
   nt-deq kernel X.npy --out K.npy --activation tanh --W-std 0.9 --x64
 """
 
 from __future__ import annotations
 
 import argparse
+
+import numpy as np
 
 from nt_deq.cli import arrays, csv_files, network
 from nt_deq.cli.files import check_outputs
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--x2", metavar="X2.npy", help="other inputs, (m, d) (default: X.npy)")
     parser.add_argument("--out", required=True, metavar="K.npy", help="for the kernel, (n, n or m)")
     parser.add_argument(
-        "--get", choices=("ntk", "nngp"), default="ntk", help="which kernel (default %(default)s)"
+        "--get", choices=("nngp", "ntk"), default="nngp", help="which kernel (default %(default)s)"
     )
     parser.add_argument(
         "--of", choices=("network", "state"), default="network",
@@ -52,13 +54,15 @@ def run(args: argparse.Namespace) -> None:
     else:
         x1, x2 = arrays.read_input_pair(args.x, args.x2)
 
+    import jax
     import jax.numpy as jnp
 
     import nt_deq
     from nt_deq._progress import progress_bar
 
     options = network.options(args)
-    kernel_fn = network.kernel_fn(**options)
+    kernel_fn = nt_deq.deq_network(**options)[2]
+    compiled = jax.jit(kernel_fn, static_argnums=2)
     symmetric = args.x2 is None
     corners = [
         (i, j)
@@ -81,7 +85,10 @@ def run(args: argparse.Namespace) -> None:
                 steps = max(steps, int(solution.steps))
                 bound = max(bound, float(solution.error_bound.max()))
             else:
-                out[rows, columns] = kernel_fn(tile_x1, tile_x2, args.get)
+                tile = np.asarray(compiled(tile_x1, tile_x2, args.get))
+                if not np.isfinite(tile).all():
+                    kernel_fn(tile_x1, tile_x2, args.get)  # outside of jit it says what is wrong
+                out[rows, columns] = tile
             if symmetric:
                 out[columns, rows] = out[rows, columns].T
     of = "f" if args.of == "network" else "z*"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 ACTIVATIONS = "relu, leaky_relu, abs, erf, gelu, sin, cos, identity, tanh, sigmoid, softplus, silu"
@@ -47,14 +47,6 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         **{f"--{name.replace('_', '-')}": value for name, value in stds.items()}
     )
     return {**stds, "activation": args.activation}
-
-
-def kernel_fn(W_std: float, U_std: float, b_std: float, activation: str) -> Callable[..., Any]:
-    """The kernels of the network with its readout, `f = V φ(z*)/√n`."""
-    from nt_deq import stax
-
-    layer = stax.DEQ(1, W_std, U_std, b_std or None, activation)
-    return stax.serial(layer, stax.Dense(1))[2]
 
 
 @contextlib.contextmanager

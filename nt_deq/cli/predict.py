@@ -1,8 +1,8 @@
 """Predicts by regression with the kernel of an infinitely deep and wide network.
 
-With the NTK it is what training the infinitely wide network by gradient descent tends to, with the
-NNGP kernel the posterior mean of the network with random weights (nt_deq.KernelRegression). Real
-numbers in y.npy, (n,) or (n, C), are regressed; integers or words, (n,), are labels, and labels are
+With the NNGP kernel it is the posterior mean of the network with random weights, with the NTK
+(--get ntk) what training the infinitely wide network by gradient descent tends to. Real numbers in
+y.npy, (n,) or (n, C), are regressed; integers or words, (n,), are labels, and labels are
 predicted. Files are .npy, or tables with or without a line of names, .csv or .tsv.
 
 Up to a few thousand inputs it is a Cholesky factorisation, which also gives leave-one-out: how well
@@ -11,7 +11,7 @@ it will do and need is said before it starts.
 
 Examples:
   nt-deq predict X.npy y.npy X_test.npy --out prediction.npy
-  nt-deq predict X.npy y.npy X_test.npy --out mean.npy --std std.npy --get nngp --diag-reg 0.01
+  nt-deq predict X.npy y.npy X_test.npy --out mean.npy --std std.npy --relative-noise 0.01
   nt-deq predict X.csv species.csv X_test.csv --out found.csv --probabilities p.csv --y-test s.csv
   nt-deq predict X.npy labels.npy X_test.npy --out labels_test.npy --store kernel-tiles
 """
@@ -49,12 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     arrays.add_task_argument(parser)
     parser.add_argument(
-        "--get", choices=("ntk", "nngp"), default="ntk", help="which kernel (default %(default)s)"
+        "--get", choices=("nngp", "ntk"), default="nngp", help="which kernel (default %(default)s)"
     )
     parser.add_argument(
-        "--diag-reg", type=float, default=1e-4, metavar="R",
-        help="variance of the noise, relative to the mean of the kernel's diagonal (default "
-        "%(default)s)",
+        "--relative-noise", type=float, default=1e-4, metavar="V",
+        help="variance of the noise of the targets, relative to the mean of the kernel's diagonal "
+        "(default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--store", metavar="DIR",
@@ -93,29 +93,26 @@ def run(args: argparse.Namespace) -> None:
     import nt_deq
 
     options = network.options(args)
-    regression = nt_deq.KernelRegression(
-        network.kernel_fn(**options),
-        args.get,
-        args.diag_reg,
-        method="cholesky" if args.probabilities else "auto",
-        store=args.store,
-        settings={f"--{name.replace('_', '-')}": value for name, value in options.items()},
-    )
-    with network.precision(args) as dtype:
-        y = problem.y if problem.classes is not None else problem.y.astype(dtype)
-        regression.fit(x.astype(dtype), y)
-        found = regression.predict(x_test.astype(dtype), return_std=args.std is not None)
-    mean, std = found if args.std else (found, None)
-    has_left_out = regression.plan_.method == "cholesky"
-    left_out = regression.leave_one_out() if has_left_out else None
-
+    made_of = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    method = "cholesky" if args.probabilities else "auto"
+    kernel_fn = nt_deq.deq_network(**options)[2]
+    given = kernel_fn, args.get, args.relative_noise, method, args.store
     if problem.classes is None:
-        measures = _write_numbers(args, problem, mean, left_out)
+        model = nt_deq.KernelRegression(*given, store_key=made_of)
+        outputs_of, what = model.predict, "values"
     else:
-        measures = _write_labels(args, problem, mean, left_out)
+        model = nt_deq.KernelClassifier(*given, store_key=made_of)
+        outputs_of, what = model.decision_function, f"labels of {len(problem.classes)}"
+    with network.precision(args) as dtype:
+        model.fit(x.astype(dtype), problem.y)
+        found = outputs_of(x_test.astype(dtype), return_std=args.std is not None)
+    mean, std = found if args.std else (found, None)
+    left_out = model.leave_one_out() if model.plan_.method == "cholesky" else None
+
+    write = _write_numbers if problem.classes is None else _write_labels
+    measures = write(args, problem, mean, left_out)
     if std is not None:
         arrays.write(args.std, std, ["standard deviation"])
-    what = "values" if problem.classes is None else f"labels of {len(problem.classes)}"
     written = ", ".join(filter(None, outputs.values()))
     print(f"{written}: {what} for {len(x_test)} inputs, learned from {len(x)}.")
     for name, measure in measures.items():

@@ -1,10 +1,10 @@
 """Kernel regression where the kernel does not fit into memory, or onto one machine.
 
-`KernelRegression` is exact and quadratic in the number of inputs; `FeatureRegression` on features
-of the kernel is linear in it.
+`KernelRegression` and `KernelClassifier` are exact and quadratic in the number of inputs;
+`FeatureRegression` on features of the kernel is linear in it.
 """
 
-from nt_deq.errors import NotPositiveDefiniteError, StoreError
+from nt_deq.errors import LostProcessError, NotPositiveDefiniteError, StoreError
 from nt_deq.regression.cg import Solution
 from nt_deq.regression.feature_regression import FeatureRegression, in_batches
 from nt_deq.regression.features import (
@@ -14,14 +14,16 @@ from nt_deq.regression.features import (
     concatenate,
     feature_error,
 )
-from nt_deq.regression.kernel_regression import KernelRegression
+from nt_deq.regression.kernel_regression import KernelClassifier, KernelRegression
 from nt_deq.regression.plan import Plan
 from nt_deq.regression.power_series import Series, deq_series
 
 __all__ = [
     "FeatureRegression",
     "Features",
+    "KernelClassifier",
     "KernelRegression",
+    "LostProcessError",
     "NotPositiveDefiniteError",
     "NystromFeatures",
     "Plan",

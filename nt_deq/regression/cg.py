@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from nt_deq._progress import progress_bar
 from nt_deq.errors import NotConvergedError, NotPositiveDefiniteError
 from nt_deq.regression.layout import in_float64
+from nt_deq.regression.matrix import Recomputed
 
 _PATIENCE = 30  # steps without a new least residual
 _ACCURACY = 1e-3  # to which the recurrence of the residual can be trusted, in float32
@@ -23,93 +25,115 @@ class Solution(NamedTuple):
     """Where conjugate gradients ended.
 
     Attributes:
-      value: `(rows, C)`, sharded by rows.
+      value: `(K + noise)⁻¹ b`, `(n, C)`, float64.
       steps: products with the kernel in float32.
-      residual: `‖b - K value‖/‖b‖` of the worst column, as recomputed in float64 at the end.
-      residuals: the same after every step, by the recurrence.
+      relative_residual: `‖b - (K + noise) value‖/‖b‖` of the worst column, as recomputed in
+        float64 at the end.
+      relative_residuals: the same after every step, by the recurrence.
     """
 
-    value: Array
+    value: Float[np.ndarray, "n C"]
     steps: int
-    residual: float
-    residuals: list[float]
+    relative_residual: float
+    relative_residuals: list[float]
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        return f"{self.steps} steps, relative residual {self.relative_residual:.1e}"
 
 
-def solve(
-    multiply: Callable[[Array], Array],
-    precondition: Callable[[Array], Array],
-    b: Array,
-    *,
-    ridge: float,
-    tol: float,
-    gather: Callable[[Array], np.ndarray],
-    multiply_exactly: Callable[[Array], Array] | None = None,
-    progress: bool = False,
-) -> Solution:
-    """Solves `(K + ridge) a = b` by flexible conjugate gradients (Golub & Ye 1999).
+class ConjugateGradients:
+    """`(K + noise)⁻¹` by flexible conjugate gradients (Golub & Ye 1999).
 
     Products within the iteration are in float32, and everything else is in float64. The residual
     that decides is recomputed in float64; where it is not small enough, the iteration goes on from
     it (iterative refinement), so that the accuracy is that of float64.
 
     Args:
-      multiply: `K p`, in the precision of `p`.
-      precondition: an approximation of `(K + ridge)⁻¹ r`.
-      b: right-hand sides, `(rows, C)`, float64, sharded by rows.
-      ridge: what is added to the diagonal.
-      tol: the relative residual to reach, of every column.
-      gather: makes a small replicated array one of NumPy.
-      multiply_exactly: `K p` for the residual that decides; `multiply` without.
-      progress: whether to show steps and residual.
-
-    Raises:
-      NotPositiveDefiniteError: a direction of negative curvature turned up.
-      NotConvergedError: the residual does not fall any more.
+      matrix: `K`; its products are in the precision of the vectors.
+      precondition: an approximation of `(K + noise)⁻¹ r`.
+      noise: what is added to the diagonal.
+      relative_residual: to reach, in every column.
+      exact: `K` for the residual that decides; `matrix` without.
     """
-    multiply_exactly = multiply_exactly or multiply
-    norms = gather(_norms(b))
-    size = np.maximum(norms, np.finfo(np.float64).tiny)
-    value, r = _zeros_like(b), b
-    residuals: list[float] = []
-    worst = float((norms / size).max())
-    with progress_bar(desc="conjugate gradients", unit="step", disable=not progress) as bar:
-        while worst > tol:
-            target = max(tol / 2, worst * _ACCURACY)
-            p = rz = previous = None
-            best, since = np.inf, 0
-            while True:
-                z = precondition(r)
-                p, rz = _direction(z, r, previous, p, rz)
-                previous = r
-                value, r, norms, curvature = _advance(
-                    value, r, p, multiply(p), ridge, target / 2 * size
-                )
-                _check_curvature(gather(curvature), ridge)
-                residual = float((gather(norms) / size).max())
-                residuals.append(residual)
-                bar.set_postfix_str(f"residual {residual:.1e}", refresh=False)
-                bar.update()
-                since = 0 if residual < 0.9 * best else since + 1
-                best = min(best, residual)
-                if residual <= target or since > _PATIENCE or len(residuals) >= _MAX_STEPS:
-                    break
-            r = _residual(b, multiply_exactly(value), value, ridge)
-            before, worst = worst, float((gather(_norms(r)) / size).max())
-            if worst > tol and (worst > before / 2 or len(residuals) >= _MAX_STEPS):
-                raise NotConvergedError(
-                    f"conjugate gradients are at a relative residual of {worst:.2g}, above "
-                    f"tol={tol:g}, after {len(residuals)} steps and come no further; take a larger "
-                    "rank, a larger diag_reg, or a larger tol."
-                )
-    return Solution(value, len(residuals), worst, residuals)
+
+    def __init__(
+        self,
+        matrix: Recomputed,
+        precondition: Callable[[Array], Array],
+        noise: float,
+        relative_residual: float,
+        exact: Recomputed | None = None,
+    ):
+        self.matrix, self.exact = matrix, exact or matrix
+        self.precondition, self.noise = precondition, noise
+        self.relative_residual = relative_residual
+
+    def solve(self, b: np.ndarray) -> np.ndarray:
+        """Solves for right-hand sides `(n, C)`; errors are those of `iterate`."""
+        return self.iterate(b).value
+
+    def iterate(self, b: np.ndarray, progress: bool = False) -> Solution:
+        """Solves for right-hand sides `(n, C)`, and tells how; `progress` shows every step.
+
+        Raises:
+          NotPositiveDefiniteError: a direction of negative curvature turned up.
+          NotConvergedError: the residual does not fall any more, or is NaN.
+        """
+        layout, tolerance = self.matrix.layout, self.relative_residual
+        right = layout.vector(b)
+        norms = layout.gather(_norms(right))
+        size = np.maximum(norms, np.finfo(np.float64).tiny)
+        value, r = _zeros_like(right), right
+        residuals: list[float] = []
+        worst = float((norms / size).max())
+        quiet = not (progress and layout.leads)
+        with progress_bar(desc="conjugate gradients", unit="step", disable=quiet) as bar:
+            while not worst <= tolerance:
+                target = max(tolerance / 2, worst * _ACCURACY)
+                p = rz = previous = None
+                best, since = np.inf, 0
+                while True:
+                    z = self.precondition(r)
+                    p, rz = _direction(z, r, previous, p, rz)
+                    previous = r
+                    product = self.matrix.multiply(p)
+                    value, r, norms, curvature = _advance(
+                        value, r, p, product, self.noise, target / 2 * size
+                    )
+                    _check_curvature(layout.gather(curvature), self.noise)
+                    residual = float((layout.gather(norms) / size).max())
+                    residuals.append(residual)
+                    bar.set_postfix_str(f"residual {residual:.1e}", refresh=False)
+                    bar.update()
+                    since = 0 if residual < 0.9 * best else since + 1
+                    best = min(best, residual)
+                    if residual <= target or since > _PATIENCE or len(residuals) >= _MAX_STEPS:
+                        break
+                r = _residual(right, self.exact.multiply(value), value, self.noise)
+                before, worst = worst, float((layout.gather(_norms(r)) / size).max())
+                stuck = not worst <= before / 2 or len(residuals) >= _MAX_STEPS
+                if stuck and not worst <= tolerance:
+                    raise NotConvergedError(
+                        f"conjugate gradients are at a relative residual of {worst:.2g}, above "
+                        f"relative_residual={tolerance:g}, after {len(residuals)} steps and come "
+                        "no further; take a larger rank, a larger relative_noise, or a larger "
+                        "relative_residual."
+                    )
+        return Solution(layout.gather(value)[: len(b)], len(residuals), worst, residuals)
 
 
-def _check_curvature(curvature, ridge):
+def _check_curvature(curvature, noise):
+    if np.isnan(curvature).any():
+        raise NotConvergedError(
+            "conjugate gradients met NaN or infinite numbers: scale the kernel or the targets to "
+            "numbers of the order of 1."
+        )
     if not (curvature >= 0).all():
         raise NotPositiveDefiniteError(
-            "the kernel matrix is not positive definite to rounding: pᵀ(K + ridge)p = "
-            f"{curvature.min():.3g} with ridge = {ridge:.3g}; take a larger diag_reg, or drop "
-            "inputs that are there twice."
+            "the kernel matrix is not positive definite to rounding: pᵀ(K + noise)p = "
+            f"{curvature.min():.3g} with a noise of {noise:.3g}; take a larger relative_noise, or "
+            "drop inputs that are there twice."
         )
 
 
@@ -138,10 +162,10 @@ def _direction(z, r, previous, p, rz):
 
 @in_float64
 @jax.jit
-def _advance(value, r, p, product, ridge, enough):
+def _advance(value, r, p, product, noise, enough):
     """The step along `p` to where the error is smallest, of the columns above `enough`."""
     p = p.astype(r.dtype)
-    product = product + ridge * p
+    product = product + noise * p
     active = jnp.linalg.norm(r, axis=0) > enough
     curvature = jnp.where(active, jnp.sum(p * product, axis=0), 0)
     length = jnp.where(active, jnp.sum(p * r, axis=0) / jnp.where(active, curvature, 1), 0)
@@ -151,5 +175,5 @@ def _advance(value, r, p, product, ridge, enough):
 
 @in_float64
 @jax.jit
-def _residual(b, product, value, ridge):
-    return b - product - ridge * value
+def _residual(b, product, value, noise):
+    return b - product - noise * value

@@ -6,28 +6,27 @@ import numpy as np
 from scipy.linalg import get_lapack_funcs, solve_triangular
 
 from nt_deq.errors import NotPositiveDefiniteError
-from nt_deq.regression.matrix import KernelTiles, watched
+from nt_deq.regression.matrix import KernelTiles, Recomputed, watched
 
 _COLUMNS = 512  # of the inverse factor, at a time
 
 
 class Cholesky:
-    """`(K + ridge)⁻¹`, in float64: `8 n²` bytes.
+    """`(K + noise)⁻¹`, in float64: `8 n²` bytes.
 
     Args:
-      compute: the kernel.
-      ridge: what is added to the diagonal.
+      kernel: whose matrix it is.
+      noise: what is added to the diagonal.
       progress: whether to show how far the kernel is.
 
     Raises:
       NotPositiveDefiniteError: it has no factor.
     """
 
-    def __init__(self, compute: KernelTiles, ridge: float, progress: bool):
-        layout = compute.layout
+    def __init__(self, kernel: KernelTiles, noise: float, progress: bool):
+        layout = kernel.layout
         matrix = np.empty((layout.n, layout.n), order="F")  # as LAPACK takes it without a copy
-        rounds = ((round_, compute(round_)) for round_ in layout.rounds())
-        for round_, tiles in watched(rounds, layout, progress):
+        for round_, tiles in watched(Recomputed(kernel).tiles(), layout, progress):
             for device, tile in layout.local(tiles).items():
                 rows, columns = (
                     layout.slice(int(i[device])) for i in (round_.rows, round_.columns)
@@ -35,14 +34,14 @@ class Cholesky:
                 matrix[rows, columns] = tile[
                     : rows.stop - rows.start, : columns.stop - columns.start
                 ]
-        matrix[np.diag_indices(layout.n)] += ridge
+        matrix[np.diag_indices(layout.n)] += noise
         factorise, self._substitute = get_lapack_funcs(("potrf", "potrs"), (matrix,))
         self._factor, info = factorise(matrix, lower=1, clean=0, overwrite_a=1)
         if info:
             raise NotPositiveDefiniteError(
                 f"the kernel matrix is not positive definite to rounding (at input {info - 1}) "
-                f"with ridge = {ridge:.3g}; take a larger diag_reg, or drop inputs that are there "
-                "twice."
+                f"with a noise of {noise:.3g}; take a larger relative_noise, or drop inputs that "
+                "are there twice."
             )
 
     def solve(self, b: np.ndarray) -> np.ndarray:
@@ -50,7 +49,7 @@ class Cholesky:
         return self._substitute(self._factor, b, lower=1)[0]
 
     def inverse_diagonal(self) -> np.ndarray:
-        """The diagonal of `(K + ridge)⁻¹ = L⁻ᵀ L⁻¹`, `(n,)`, in the time of three factorisations.
+        """The diagonal of `(K + noise)⁻¹ = L⁻ᵀ L⁻¹`, `(n,)`, in the time of three fits.
 
         It is the sums of squares of the columns of `L⁻¹`: a few at a time, so that no other matrix
         is made.

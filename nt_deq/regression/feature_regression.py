@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Float, Real, Shaped
 from scipy import linalg
 
 from nt_deq import _checks
@@ -18,7 +20,7 @@ from nt_deq.regression.features import Features
 class FeatureRegression:
     """Ridge regression `f(x) = z(x)·w`, that is kernel regression with `k(x, x') = z(x)·z(x')`.
 
-        w = (Σ z zᵀ + λ I)⁻¹ Σ z yᵀ,    λ = diag_reg · mean |z|²,
+        w = (Σ z zᵀ + λ I)⁻¹ Σ z yᵀ,    λ = relative_noise · mean |z|²,
 
     sums over all inputs. The sums are kept in float64, whatever the dtype of the features: they
     have the square of the features' condition number, and float64 holds the product of two float32
@@ -29,21 +31,25 @@ class FeatureRegression:
       weights: `w`, `(m, C)`, float64, once fitted.
     """
 
-    weights: np.ndarray | None = None
+    weights: Float[np.ndarray, "m ..."] | None = None
 
-    def __init__(self, features: Features, diag_reg: float = 1e-4):
+    def __init__(self, features: Features, relative_noise: float = 1e-4):
         """Sets what to regress on.
 
         Args:
           features: `(b, ...) -> (b, m)`, for example `NystromFeatures`.
-          diag_reg: what is added to the diagonal of the kernel of the training inputs, relative to
-            its mean (as of `neural_tangents.predict`), `>= 0`.
+          relative_noise: variance of the noise of the targets, which is added to the diagonal of
+            the kernel of the training inputs, relative to the mean of the diagonal, `>= 0`.
         """
-        if not (np.isfinite(diag_reg) and diag_reg >= 0):
-            raise ArgumentError(f"diag_reg={diag_reg} has to be finite and at least 0.")
-        self.features, self.diag_reg = features, diag_reg
+        if not (np.isfinite(relative_noise) and relative_noise >= 0):
+            raise ArgumentError(
+                f"relative_noise={relative_noise} must be a finite variance of at least 0."
+            )
+        self.features, self.relative_noise = features, relative_noise
 
-    def fit(self, batches: Iterable[tuple[Any, Any]]) -> FeatureRegression:
+    def fit(
+        self, batches: Iterable[tuple[Real[ArrayLike, "b ..."], Real[ArrayLike, "b ..."]]]
+    ) -> Self:
         """Goes once through the batches, then solves for the weights.
 
         Args:
@@ -85,18 +91,18 @@ class FeatureRegression:
         if normal is None or moments is None:
             raise ArgumentError("batches is empty: fit needs at least one batch of (x, y).")
         diagonal = np.einsum("ii->i", normal)
-        diagonal += self.diag_reg * diagonal.sum() / n
+        diagonal += self.relative_noise * diagonal.sum() / n
         try:
             factor = linalg.cho_factor(normal, lower=True, overwrite_a=True)
         except linalg.LinAlgError:
             raise ArgumentError(
-                f"diag_reg={self.diag_reg} is too small: the {len(normal)} features of {n} inputs "
-                "are linearly dependent; take a larger diag_reg or fewer features."
+                f"relative_noise={self.relative_noise} is too small: the {len(normal)} features of "
+                f"{n} inputs are linearly dependent; take a larger one or fewer features."
             ) from None
         self.weights = linalg.cho_solve(factor, moments)
         return self
 
-    def predict(self, x: Array) -> Array:
+    def predict(self, x: Real[ArrayLike, "b ..."]) -> Float[Array, "b ..."]:
         """Predicts the targets of inputs `(b, ...)`: `(b, C)` or `(b,)`, in the features' dtype.
 
         Raises:
@@ -108,7 +114,9 @@ class FeatureRegression:
         return jnp.matmul(z, jnp.asarray(self.weights, z.dtype), precision=lax.Precision.HIGHEST)
 
 
-def in_batches(x: Any, y: Any, rows: int) -> Iterator[tuple[Any, Any]]:
+def in_batches(
+    x: Shaped[np.ndarray | Array, "n ..."], y: Shaped[np.ndarray | Array, "n ..."], rows: int
+) -> Iterator[tuple[np.ndarray | Array, np.ndarray | Array]]:
     """Cuts inputs `(n, ...)` and targets `(n, ...)` into batches of `rows`; the last has the rest.
 
     Raises:

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
+from jax.typing import ArrayLike
+from jaxtyping import Float, Real
 from scipy import linalg
 
 from nt_deq import _checks
 from nt_deq.errors import ArgumentError
+from nt_deq.regression.pivoted import inverse_factor, rounding
 from nt_deq.regression.power_series import Series
+from nt_deq.typing import Get, KernelFn
 
-Features = Callable[[Array], Array]
+Features = Callable[[Float[ArrayLike, "b ..."]], Float[Array, "b m"]]
 
 _ON_SPHERE = 1e-4  # how far a norm may be off: more than rounding, less than any other scaling
 _BUTTERFLY = 64  # side of the Hadamard matrices that are multiplied with as such
@@ -41,7 +44,7 @@ class NystromFeatures:
       size: number of features.
     """
 
-    def __init__(self, kernel_fn: Callable[..., Any], landmarks: Array, get: str = "ntk"):
+    def __init__(self, kernel_fn: KernelFn, landmarks: Real[ArrayLike, "m ..."], get: Get = "nngp"):
         """Factorises the kernel of the landmarks.
 
         Args:
@@ -59,12 +62,13 @@ class NystromFeatures:
             raise ArgumentError(
                 "the kernel of the landmarks has NaN or infinite entries: drop those."
             )
-        kept, inverse = _inverse_factor(kernel)
+        tolerance = rounding(len(kernel), float(np.abs(kernel).max()), kernel.dtype)
+        kept, inverse = inverse_factor(kernel, tolerance)
         self.kernel_fn, self.landmarks, self.get = kernel_fn, landmarks[kept], get
         self._projection = jnp.asarray(inverse.T, kernel.dtype)
         self.size = len(kept)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Real[ArrayLike, "b ..."]) -> Float[Array, "b size"]:
         """Maps inputs `(b, ...)` to features `(b, size)`."""
         if jnp.shape(x)[1:] != self.landmarks.shape[1:]:
             raise ArgumentError(
@@ -125,7 +129,7 @@ class SketchFeatures:
             self._levels.append((_signs(rng, width), _rows(rng, width, new), _rows(rng, d, new)))
             width = new
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Real[ArrayLike, "b d"]) -> Float[Array, "b size"]:
         """Maps inputs `(b, d)` to features `(b, size)`.
 
         Raises:
@@ -153,7 +157,7 @@ def concatenate(*features: Features) -> Features:
 
 
 def feature_error(
-    features: Features, kernel_fn: Callable[..., Any], x: Array, get: str = "ntk"
+    features: Features, kernel_fn: KernelFn, x: Real[ArrayLike, "n ..."], get: Get = "nngp"
 ) -> Array:
     """Measures `‖Z Zᵀ - K‖ / ‖K‖`, Frobenius norms, on a sample.
 
@@ -166,22 +170,6 @@ def feature_error(
     kernel, z = kernel_fn(x, None, get), features(x)
     approximation = jnp.matmul(z, z.T, precision=lax.Precision.HIGHEST)
     return jnp.linalg.norm(approximation - kernel) / jnp.linalg.norm(kernel)
-
-
-def _inverse_factor(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows of a kernel matrix to keep, and `R⁻¹` for the matrix `R Rᵀ` of these."""
-    variances = np.diagonal(kernel).astype(np.float64)
-    # Entries are rounded as if by chance (Higham & Mary 2019), and the errors have the norm 2√m.
-    unit = float(np.finfo(kernel.dtype).eps)
-    rounding = 8 * len(kernel) ** 0.5 * unit * float(np.abs(kernel).max())
-    pstrf, trtri = linalg.get_lapack_funcs(("pstrf", "trtri"), dtype=np.float64)
-    factor, pivots, rank, _ = pstrf(kernel.astype(np.float64), tol=rounding, lower=1)
-    order = pivots - 1
-    # Of what no row was kept for, nothing but rounding may be left.
-    left = variances[order[rank:]] - np.sum(factor[rank:, :rank] ** 2, axis=1)
-    if rank == 0 or variances.min() < 0 or np.any(left < -100 * rounding):
-        raise ArgumentError("the kernel of the landmarks is not positive semi-definite.")
-    return order[:rank], trtri(np.tril(factor[:rank, :rank]), lower=1)[0]
 
 
 def _share_out(coefficients: np.ndarray, d: int, size: int) -> list[int]:

@@ -1,7 +1,7 @@
 """How a kernel matrix is cut into tiles, and the tiles are dealt to the devices of a mesh.
 
 The matrix is symmetric, so that the tiles of its lower triangle are all there is to keep. They are
-dealt in rounds, one tile a device. Vectors are padded to whole tiles and sharded by rows.
+dealt in rounds, one tile per device. Vectors are padded to whole tiles and sharded by rows.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nt_deq._bridges import enable_x64, shard_map
+from nt_deq.errors import LostProcessError
 
 AXIS = "tiles"
 _SIDE = 2048  # 16 MB a tile: large enough for full speed, small enough to be passed over
 
 
 class Round(NamedTuple):
-    """One tile a device.
+    """One tile per device.
 
     Attributes:
       rows, columns: `(devices,)`, where each tile is in the grid; `rows >= columns`.
@@ -46,9 +47,11 @@ class Layout:
     Args:
       n: number of inputs.
       mesh: devices to compute on, in any arrangement, of one or of several processes; `None` is
-        the default device.
+        the default device of this process.
 
     Attributes:
+      processes: those that the devices belong to, which compute together; others have no part.
+      leads: whether this process is the first of them, which tells what is going on.
       tiles: along each side of the grid.
       side: rows of a tile.
       rows: of all tiles, `n` and padding.
@@ -56,10 +59,13 @@ class Layout:
     """
 
     def __init__(self, n: int, mesh: Mesh | None = None):
-        devices = np.array(jax.devices()[:1]) if mesh is None else mesh.devices.reshape(-1)
+        default = list(jnp.zeros(()).devices())  # as jax.default_device says
+        devices = np.array(default) if mesh is None else mesh.devices.reshape(-1)
         self.n = n
         self.mesh = Mesh(devices, (AXIS,))
         self.devices = len(devices)
+        self.processes = sorted({device.process_index for device in devices})
+        self.leads = jax.process_index() == self.processes[0]
         multiple = math.lcm(16, self.devices)
         self.tiles = math.ceil(n / _SIDE)
         self.side = math.ceil(math.ceil(n / self.tiles) / multiple) * multiple
@@ -67,6 +73,17 @@ class Layout:
         self.share = self.rows // self.devices
         self.sharded = NamedSharding(self.mesh, P(AXIS))
         self.replicated = NamedSharding(self.mesh, P())
+
+    @property
+    def local_devices(self) -> list[Any]:
+        """Those of this process."""
+        mine = jax.process_index()
+        return [d for d in self.mesh.devices.flat if d.process_index == mine]
+
+    @property
+    def triangle(self) -> int:
+        """Tiles of the lower triangle."""
+        return self.tiles * (self.tiles + 1) // 2
 
     def rounds(self) -> Iterator[Round]:
         """All tiles of the lower triangle, the diagonal first."""
@@ -88,7 +105,7 @@ class Layout:
         return slice(tile * self.side, min((tile + 1) * self.side, self.n))
 
     def put(self, fn: Callable[[int], np.ndarray], shape: tuple[int, ...], dtype: Any) -> Array:
-        """An array of `shape` a device, `(devices, *shape)`, of `fn(device)` on this process'."""
+        """Arrays of one `shape` per device, `(devices, *shape)`: `fn(device)` on this process'."""
         return jax.make_array_from_callback(
             (self.devices, *shape),
             self.sharded,
@@ -112,6 +129,11 @@ class Layout:
     def gather(self, array: Array) -> np.ndarray:
         """The whole of a sharded array on every process."""
         return np.asarray(self.replicate(array))
+
+    def agree(self, flags: np.ndarray) -> np.ndarray:
+        """Where any of the processes has a flag; each of them has to arrive here first."""
+        mine = self.put(lambda device: flags, flags.shape, bool)
+        return np.logical_or.reduce(self.gather(mine))
 
     @cached_property
     def add_product(self) -> Callable[..., Array]:
@@ -196,14 +218,14 @@ def _replicate(array, sharding):
 
 
 @contextlib.contextmanager
-def lost_process() -> Iterator[None]:
+def lost_process(layout: Layout) -> Iterator[None]:
     """Says of a failed collective what to do about it."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if len(layout.processes) == 1:
             raise
-        raise RuntimeError(
+        raise LostProcessError(
             f"process {jax.process_index()} of {jax.process_count()} lost contact to another one "
             f"({str(error).splitlines()[0]}); start all of them again: with store=... they go on "
             "from the tiles that are finished."

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.experimental import multihost_utils
+from jax import Array, lax
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
+from nt_deq._batches import by_batches, pad_rows
 from nt_deq._bridges import shard_map
 from nt_deq._progress import progress_bar
 from nt_deq.errors import NoEquilibriumError
-from nt_deq.regression.layout import AXIS, Layout, Round
+from nt_deq.gp import variances
+from nt_deq.regression.layout import AXIS, Layout, Round, in_float64
 from nt_deq.regression.store import Store
+from nt_deq.typing import Get, KernelFn
+
+_VARIANCES = 4096  # inputs at once
 
 
 class KernelTiles:
@@ -29,11 +34,12 @@ class KernelTiles:
       kernel_fn: any stax `kernel_fn(x1, x2, get)`.
       get: 'nngp' or 'ntk'.
       layout: how the tiles are dealt.
-      x: training inputs, `(n, ...)`.
+      x: training inputs, `(n, ...)`, in the dtype of the kernel.
     """
 
-    def __init__(self, kernel_fn: Callable[..., Any], get: str, layout: Layout, x: np.ndarray):
-        self.kernel_fn, self.get, self.layout, self.x = kernel_fn, get, layout, x
+    def __init__(self, kernel_fn: KernelFn, get: Get, layout: Layout, x: np.ndarray):
+        self.kernel_fn, self.layout, self.x = kernel_fn, layout, x
+        self.get: Get = get
         mapped = partial(shard_map, mesh=layout.mesh)
         tile, each = P(AXIS), (P(AXIS), P(AXIS))
 
@@ -53,16 +59,14 @@ class KernelTiles:
         self._diagonal = jax.jit(mapped(diagonal, in_specs=each, out_specs=(tile, tile)))
         self._off_diagonal = jax.jit(mapped(off_diagonal, in_specs=each, out_specs=(tile, tile)))
         self._cross = jax.jit(mapped(cross, in_specs=(P(), tile), out_specs=(tile, tile)))
-        self._variances = jax.jit(lambda x: jnp.diagonal(kernel_fn(x, None, get)))
+        self._variances = jax.jit(lambda x: variances(kernel_fn, x, get))
 
     def inputs(self, tiles: np.ndarray) -> Array:
-        """The inputs of one tile a device, `(devices, side, ...)`, the first input as padding."""
+        """The inputs of one tile per device, `(devices, side, ...)`, the last one as padding."""
         side = self.layout.side
 
         def rows(device):
-            x = self.x[self.layout.slice(int(tiles[device]))]
-            padding = np.broadcast_to(self.x[:1], (side - len(x), *self.x.shape[1:]))
-            return np.concatenate([x, padding]) if len(padding) else x
+            return pad_rows(self.x[self.layout.slice(int(tiles[device]))], side)
 
         return self.layout.put(rows, (side, *self.x.shape[1:]), self.x.dtype)
 
@@ -80,12 +84,18 @@ class KernelTiles:
                 self._fail(self.x[row], self.x[column], f"inputs {row} and {column}")
         return tiles
 
+    @cached_property
+    def diagonal(self) -> np.ndarray:
+        """The kernel of every training input with itself, `(n,)`, float64."""
+        return self.variances(self.x)
+
     def variances(self, x: np.ndarray) -> np.ndarray:
-        """The kernel of every one of a few inputs `(m, ...)` with itself, `(m,)`, float64."""
-        variances = np.asarray(self._variances(x), np.float64)
-        if not np.isfinite(variances).all():
+        """The kernel of every one of the inputs `(m, ...)` with itself, `(m,)`, float64."""
+        device = self.layout.local_devices[0]
+        found = by_batches(lambda x: self._variances(jax.device_put(x, device)), x, _VARIANCES)
+        if not np.isfinite(found).all():
             self._fail(x, None, "inputs with themselves")
-        return variances
+        return found.astype(np.float64)
 
     def _fail(self, x1, x2, where):
         self.kernel_fn(x1, None, self.get)  # outside of jit it says what is wrong
@@ -118,20 +128,42 @@ class KernelTiles:
                 self._fail(np.asarray(others), None, "inputs with the training inputs")
             yield part, kernel[:, :, : part.stop - part.start]
 
+    def rows(self, others: np.ndarray) -> np.ndarray:
+        """The kernel of other inputs with the training inputs, `(m, n)`, float64."""
+        parts = [self.layout.gather(kernel) for _, kernel in self.against(others)]
+        joined = np.concatenate(parts, axis=2).swapaxes(0, 1)
+        return joined.reshape(len(others), -1)[:, : self.layout.n].astype(np.float64)
+
+    def product(self, others: np.ndarray, coefficients: Array) -> np.ndarray:
+        """`rows(others) · coefficients`, of `(rows, C)` sharded by rows, in float64."""
+        parts = [
+            self.layout.gather(_product(kernel, coefficients, part.start))
+            for part, kernel in self.against(others)
+        ]
+        return np.sum(parts, axis=0)
+
+
+@in_float64
+@jax.jit
+def _product(kernel, coefficients, start):
+    """Adds up what a part of each device's training inputs contributes, in float64."""
+    devices, _, size = kernel.shape
+    coefficients = coefficients.reshape(devices, -1, coefficients.shape[1])
+    part = lax.dynamic_slice_in_dim(coefficients, start, size, axis=1)
+    kernel = kernel.astype(part.dtype)
+    return jnp.einsum("dmr,drc->mc", kernel, part, precision=lax.Precision.HIGHEST)
+
 
 class Recomputed:
     """The kernel matrix, kept nowhere: every product computes all of its tiles."""
 
-    def __init__(self, compute: KernelTiles):
-        self.compute, self.layout = compute, compute.layout
-
-    def build(self, progress: bool) -> None:
-        """Nothing to do."""
+    def __init__(self, kernel: KernelTiles):
+        self.kernel, self.layout = kernel, kernel.layout
 
     def tiles(self) -> Iterator[tuple[Round, Array]]:
         """All tiles of the lower triangle, a round at a time."""
         for round_ in self.layout.rounds():
-            yield round_, self.compute(round_)
+            yield round_, self.kernel(round_)
 
     def multiply(self, p: Array) -> Array:
         """`K p` for `p (rows, C)`, sharded by rows, with products in the dtype of `p`."""
@@ -145,50 +177,54 @@ class Recomputed:
 
 
 class InMemory(Recomputed):
-    """The tiles of the lower triangle, on the devices."""
+    """The tiles of the lower triangle, on the devices, computed here.
 
-    def build(self, progress: bool) -> None:
-        """Computes all tiles."""
+    Args:
+      kernel: whose matrix it is.
+      progress: whether to show how far it is.
+      dtype: that the tiles are kept in.
+    """
+
+    def __init__(self, kernel: KernelTiles, progress: bool = False, dtype: DTypeLike = np.float32):
+        super().__init__(kernel)
         rounds = watched(super().tiles(), self.layout, progress)
-        self._tiles = [(round_, tile.astype(jnp.float32)) for round_, tile in rounds]
+        self._tiles = [(round_, tile.astype(dtype)) for round_, tile in rounds]
 
     def tiles(self) -> Iterator[tuple[Round, Array]]:
-        """As they were built."""
+        """As they were computed."""
         return iter(self._tiles)
 
 
 class Stored(Recomputed):
-    """The tiles in a `Store`: every product reads them, the next ones while it computes."""
+    """The tiles in a `Store`: every product reads them, the next ones while it computes.
 
-    def __init__(self, compute: KernelTiles, store: Store):
-        super().__init__(compute)
+    Those that the store lacks are computed here. Arguments are those of `InMemory`, and the store.
+    """
+
+    def __init__(self, kernel: KernelTiles, store: Store, progress: bool = False):
+        super().__init__(kernel)
         self.store = store
-
-    def build(self, progress: bool) -> None:
-        """Computes the tiles that the store lacks."""
         layout = self.layout
         finished = np.zeros((layout.tiles, layout.tiles), bool)
-        if jax.process_index() == 0:
-            for tile in self.store.finished():
+        if layout.leads:
+            for tile in store.finished():
                 finished[tile] = True
-        if jax.process_count() > 1:  # all have to agree on what they compute together
-            finished = multihost_utils.broadcast_one_to_all(finished)
+        finished = layout.agree(finished)  # all must know what they compute together
 
         def built():
             for round_ in layout.rounds():
                 if not finished[round_.rows, round_.columns].all():
-                    tiles = layout.local(self.compute(round_))
+                    tiles = layout.local(kernel(round_))
                     for device, i, j in _mine(layout, round_):
                         if not finished[i, j]:
                             tile = tiles[device][: layout.n - i * layout.side]
-                            self.store.write(i, j, tile[:, : layout.n - j * layout.side])
+                            store.write(i, j, tile[:, : layout.n - j * layout.side])
                 yield round_, None
 
         for _ in watched(built(), layout, progress):
             pass
-        self.store.flush()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("stored")
+        store.flush()
+        layout.agree(np.array([True]))  # none reads what another one is still writing
 
     def tiles(self) -> Iterator[tuple[Round, Array]]:
         """Read from the store, two rounds ahead."""
@@ -214,45 +250,42 @@ class Stored(Recomputed):
 
 def _mine(layout: Layout, round_: Round, filling: bool = False) -> list[tuple[int, int, int]]:
     """`(device, row, column)` of this process' tiles in a round."""
+    mine = set(layout.local_devices)
     return [
         (d, int(round_.rows[d]), int(round_.columns[d]))
         for d, device in enumerate(layout.mesh.devices.flat)
-        if device.process_index == jax.process_index() and (filling or round_.weights[d])
+        if device in mine and (filling or round_.weights[d])
     ]
 
 
 def watched(rounds, layout: Layout, progress: bool):
     """`rounds` with a progress bar of tiles, by the first process."""
-    total = layout.tiles * (layout.tiles + 1) // 2
-    quiet = not progress or jax.process_index() != 0
-    with progress_bar(total=total, desc="kernel", unit="tile", disable=quiet) as bar:
+    quiet = not (progress and layout.leads)
+    with progress_bar(total=layout.triangle, desc="kernel", unit="tile", disable=quiet) as bar:
         for round_, tile in rounds:
             yield round_, tile
             bar.update(int(round_.weights.sum()))
 
 
-def time_tile(compute: KernelTiles, columns: int) -> tuple[float, float]:
+def time_tile(kernel: KernelTiles, columns: int) -> tuple[float, float]:
     """Seconds of one round of tiles, and of their product with `columns` vectors, compiled."""
-    layout = compute.layout
-    round_ = list(layout.rounds())[-1]
-    p = np.zeros((layout.rows, columns), np.float32)
-    p = jax.device_put(p, layout.replicated)
+    layout = kernel.layout
+    *_, round_ = layout.rounds()
+    p = jax.device_put(np.zeros((layout.rows, columns), np.float32), layout.replicated)
 
-    def product(tile):
-        y = layout.zeros(p.shape[1])
-        jax.block_until_ready(y)
+    def compute():
+        return kernel(round_).block_until_ready()
+
+    def product():
+        y = layout.zeros(columns)
+        args = (tile, round_.rows, round_.columns, round_.weights, p)
+        return layout.add_product(y, *args).block_until_ready()
+
+    def seconds(fn):
         start = time.perf_counter()
-        layout.add_product(
-            y, tile, round_.rows, round_.columns, round_.weights, p
-        ).block_until_ready()
+        fn()
         return time.perf_counter() - start
 
-    def tile():
-        start = time.perf_counter()
-        tile = compute(round_).block_until_ready()
-        return time.perf_counter() - start, tile
-
-    tile()
-    seconds, found = tile()
-    product(found)
-    return seconds, product(found)
+    tile = compute()
+    product()
+    return seconds(compute), seconds(product)

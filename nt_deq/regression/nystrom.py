@@ -3,7 +3,7 @@
 `K ≈ Fᵀ F` with `F (rank, n)` by randomly pivoted Cholesky (Chen, Epperly, Tropp & Webber 2022,
 arXiv:2207.06503), a block of pivots at a time (Epperly, Tropp & Webber 2024, arXiv:2410.03969): the
 next landmarks are drawn where the approximation is worst. `(Fᵀ F + δ)⁻¹` is then cheap by the
-identity of Woodbury, with `δ` the ridge and the mean of what `F` leaves of the diagonal.
+identity of Woodbury, with `δ` the noise and the mean of what `F` leaves of the diagonal.
 
 Products with `F` are in float32, off by `ε ‖F‖²/δ`, which for many inputs is more than 1: kernels
 have a few eigenvalues of the order of `n`. Their eigenvectors are kept apart, in float64.
@@ -12,6 +12,7 @@ have a few eigenvalues of the order of `n`. Their eigenvectors are kept apart, i
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,202 +20,199 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 from jax import Array, lax
+from jax.scipy.linalg import cho_solve, solve_triangular
+from jax.sharding import PartitionSpec as P
 
-from nt_deq.regression.layout import before_transpose, in_float64, pad_columns
+from nt_deq._bridges import enable_x64, shard_map
+from nt_deq.errors import NotPositiveDefiniteError
+from nt_deq.regression.layout import AXIS, before_transpose, in_float64, pad_columns
 from nt_deq.regression.matrix import KernelTiles
+from nt_deq.regression.pivoted import inverse_factor
 
 _BLOCK = 500  # landmarks at a time
 _LEADING = 64  # eigenvectors in float64
-_HIGHEST = lax.Precision.HIGHEST
+_ROUNDING = 4e-6  # of the largest variance: float32 knows no more of what is left
+_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+_matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+class _Approximation(NamedTuple):
+    """`Fᵀ F + δ`.
+
+    Attributes:
+      blocks: the rows of `F`, `(devices, landmarks, share)` each, float32, sharded by columns.
+      factor: the lower Cholesky factor of `F Fᵀ + δ`, `(rank, rank)`, float64.
+      eigenvalues: the largest of `Fᵀ F`, `(count,)`.
+      eigenvectors: theirs, `(rows, count)`, sharded by rows.
+      delta: `δ`.
+    """
+
+    blocks: tuple[Array, ...]
+    factor: Array
+    eigenvalues: Array
+    eigenvectors: Array
+    delta: Array
 
 
 class Nystrom:
     """`v ↦ (Fᵀ F + δ)⁻¹ v`.
 
     Args:
-      compute: the kernel.
-      diagonal: of the kernel matrix, `(n,)`.
-      rank: number of landmarks.
-      ridge: what is added to the kernel's diagonal.
+      kernel: whose matrix is approximated.
+      rank: number of landmarks, at most: there are fewer where they determine all others.
+      noise: what is added to the kernel's diagonal.
       seed: of the choice of landmarks.
+
+    Attributes:
+      rank: of the approximation.
     """
 
-    def __init__(
-        self, compute: KernelTiles, diagonal: np.ndarray, rank: int, ridge: float, seed: int = 0
-    ):
-        self.layout = compute.layout
-        self._blocks: list[Array] = []
-        left = diagonal.astype(np.float64)
-        rng = np.random.default_rng(seed)
-        enough = 1e-6 * diagonal.max()  # float32 knows no more of what is left
-        size = min(_BLOCK, rank)
-        for _ in range(-(-rank // size)):
-            if (left > enough).sum() < size:
-                break
-            pivots = rng.choice(len(left), size, replace=False, p=left / left.sum())
-            block = self._block(compute, pivots, enough)
-            self._blocks.append(block)
-            squares = self.layout.gather(_column_squares(block))[: len(left)]
-            left = np.maximum(left - squares, 0)
-        self.rank = size * len(self._blocks)
-        self.delta = float(left.mean()) + ridge
-        if self._blocks:
-            gram = self._gram()
-            self._eigenvalues, self._eigenvectors = self._leading(gram)
-            gram[np.diag_indices_from(gram)] += self.delta
-            self._factor = scipy.linalg.cho_factor(gram, lower=True, overwrite_a=True)
-
-    def _block(self, compute: KernelTiles, pivots: np.ndarray, rounding: float) -> Array:
-        """The next rows of `F`, `(devices, landmarks, share)`: sharded by columns."""
-        layout = self.layout
-        of_device, of_share = pivots // layout.share, pivots % layout.share
-
-        def at_pivots(block):
-            return layout.gather(block[of_device, :, of_share]).T
-
-        parts = [kernel for _, kernel in compute.against(compute.x[pivots])]
-        kernel = _join(parts, layout.n)
-        for block in self._blocks:
-            kernel = _deflate(kernel, block, at_pivots(block))
-        among = at_pivots(kernel).astype(np.float64)
-        among = (among + among.T) / 2
-        among[np.diag_indices_from(among)] += rounding
-        lower = scipy.linalg.cholesky(among, lower=True)
-        inverse = scipy.linalg.solve_triangular(lower, np.eye(len(lower)), lower=True)
-        return _combine(inverse.astype(np.float32), kernel)
-
-    def _gram(self) -> np.ndarray:
-        """`F Fᵀ`, in float64, on every process."""
-        size = self.rank // len(self._blocks)
-        gram = np.zeros((self.rank, self.rank))
-        for i, block in enumerate(self._blocks):
-            for j, other in enumerate(self._blocks[: i + 1]):
-                part = self.layout.gather(_gram(block, other))
-                rows, columns = slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size)
-                gram[rows, columns], gram[columns, rows] = part, part.T
-        return gram
-
-    def _leading(self, gram: np.ndarray) -> tuple[np.ndarray, Array]:
-        """The largest eigenvalues of `Fᵀ F`, and their eigenvectors `(rows, count)`, float64."""
-        count = leading_count(self.rank)
-        values, combinations = np.zeros(0), np.zeros((self.rank, 0))
-        if count:
-            values, combinations = scipy.sparse.linalg.eigsh(gram, count, v0=np.ones(self.rank))
-        vectors = self.layout.vector(np.zeros((self.layout.n, count)))
-        for block, part in zip(self._blocks, self._split(combinations), strict=True):
-            vectors = _add_combination(vectors, block, part)
-        lower = scipy.linalg.cholesky(self._inner(vectors, vectors), lower=True)
-        to_orthonormal = scipy.linalg.solve_triangular(lower, np.eye(count), lower=True).T
-        return values, _multiply(vectors, to_orthonormal)
+    def __init__(self, kernel: KernelTiles, rank: int, noise: float, seed: int = 0):
+        self.layout = kernel.layout
+        blocks, left = self._blocks(kernel, rank, np.random.default_rng(seed))
+        if not blocks:
+            raise NotPositiveDefiniteError("the kernel of every input with itself is 0.")
+        gram = self.layout.gather(_gram(blocks)).copy()
+        self.rank = len(gram)
+        values, combinations = _spectrum(gram)
+        delta = float(left.mean()) + noise
+        gram[np.diag_indices_from(gram)] += delta
+        factor = scipy.linalg.cholesky(gram, lower=True, overwrite_a=True)
+        with enable_x64(True):  # once, and not at every call
+            factor, values, delta = jax.device_put((factor, values, delta), self.layout.replicated)
+        vectors = _eigenvectors(blocks, combinations)
+        self.approximation = _Approximation(blocks, factor, values, vectors, delta)
+        rows, everywhere = P(AXIS), P()
+        specs: Any = (rows, everywhere, everywhere, rows, everywhere)
+        specs = _Approximation(*specs)
+        self.solve = in_float64(jax.jit(shard_map(_solve, self.layout.mesh, (specs, rows), rows)))
 
     def __call__(self, v: Array) -> Array:
         """Applies it to `(rows, C)`, float64, sharded by rows."""
-        if not self._blocks:
-            return _divide(v, self.delta)
-        leading = self._inner(self._eigenvectors, v)
-        v = _add(v, self._eigenvectors, -leading)
-        projected = [self.layout.gather(_project(block, v)) for block in self._blocks]
-        solved = scipy.linalg.cho_solve(self._factor, np.concatenate(projected))
-        for block, part in zip(self._blocks, self._split(solved), strict=True):
-            v = _subtract(v, block, part)
-        v = _divide(v, self.delta)
-        rounding = self._inner(self._eigenvectors, v)
-        of_leading = leading / (self._eigenvalues + self.delta)[:, None]
-        return _add(v, self._eigenvectors, of_leading - rounding)
+        return self.solve(self.approximation, v)
 
-    def _split(self, of_landmarks: np.ndarray) -> list[np.ndarray]:
-        """`(rank, C)` by blocks."""
-        return np.split(of_landmarks, len(self._blocks))
+    def _blocks(
+        self, kernel: KernelTiles, rank: int, rng: np.random.Generator
+    ) -> tuple[tuple[Array, ...], np.ndarray]:
+        """The blocks of `F`, and what they leave of the kernel's diagonal, `(n,)`."""
+        layout, blocks = self.layout, ()
+        left = kernel.diagonal.copy()
+        rounding = _ROUNDING * left.max()
+        while True:
+            landmarks = sum(block.shape[1] for block in blocks)
+            size = min(_BLOCK, rank - landmarks, int((left > rounding).sum()))
+            if size == 0:
+                return blocks, left
+            pivots = rng.choice(len(left), size, replace=False, p=left / left.sum())
+            parts = [part for _, part in kernel.against(kernel.x[pivots])]
+            places = pivots // layout.share, pivots % layout.share
+            remainder, among = _remainder(parts, blocks, places, layout.n)
+            among = layout.gather(among).astype(np.float64)
+            kept, inverse = inverse_factor((among + among.T) / 2, rounding)
+            block, squares = _combine(remainder, kept, inverse.astype(np.float32))
+            blocks = (*blocks, block)
+            left = np.maximum(left - layout.gather(squares)[: layout.n], 0)
+            if len(kept) < size:  # the others of them are known to rounding, and so is the rest
+                return blocks, left
 
-    def _inner(self, a: Array, b: Array) -> np.ndarray:
-        return self.layout.gather(_inner(a, b))
+
+def _spectrum(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest eigenvalues of `Fᵀ F`, and `c (rank, count)` with the eigenvectors `Fᵀ c`."""
+    rank = len(gram)
+    if rank <= _LEADING:
+        values, combinations = np.linalg.eigh(gram)
+    else:
+        values, combinations = scipy.sparse.linalg.eigsh(gram, _LEADING, v0=np.ones(rank))
+    known = values > _ROUNDING * np.trace(gram)
+    return values[known], combinations[:, known] / np.sqrt(values[known])
 
 
 def leading_count(rank: int) -> int:
     """How many eigenvectors are kept in float64, of the approximation of a rank."""
-    return min(_LEADING, rank // 2)
+    return min(_LEADING, rank)
 
 
-@partial(jax.jit, static_argnums=1)
-def _join(parts, n):
-    """One block of all parts, with zeros for the padding."""
-    kernel = jnp.concatenate(parts, axis=2)
+@partial(jax.jit, static_argnums=3)
+def _remainder(parts, blocks, places, n):
+    """What the blocks leave of the kernel of new landmarks, with all inputs and among themselves.
+
+    Args:
+      parts: of that kernel, `(devices, landmarks, part)`, one after the other.
+      blocks: of `F`.
+      places: the landmarks' devices, and where in the share of each they are.
+      n: number of inputs.
+
+    Returns:
+      `(devices, landmarks, share)` and `(landmarks, landmarks)`.
+    """
+    kernel = jnp.concatenate(parts, axis=2).astype(jnp.float32)
     devices, _, share = kernel.shape
     row = jnp.arange(devices)[:, None] * share + jnp.arange(share)
-    return jnp.where((row < n)[:, None], kernel, 0).astype(jnp.float32)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _deflate(kernel, block, at_pivots):
-    return kernel - jnp.einsum("fp,dfr->dpr", at_pivots, block, precision=_HIGHEST)
-
-
-@jax.jit
-def _combine(inverse, kernel):
-    return jnp.einsum("pq,dqr->dpr", inverse, kernel, precision=_HIGHEST)
+    kernel = jnp.where((row < n)[:, None], kernel, 0)  # nothing in the padding
+    of_device, of_share = places
+    for block in blocks:
+        kernel -= _einsum("pf,dfr->dpr", block[of_device, :, of_share], block)
+    return kernel, kernel[of_device, :, of_share]
 
 
 @jax.jit
-def _column_squares(block):
-    return jnp.sum(block * block, axis=1).reshape(-1)
+def _combine(remainder, kept, inverse):
+    """The block of `F` of landmarks that are kept, and the squares of its columns, `(rows,)`."""
+    block = _einsum("pq,dqr->dpr", inverse, remainder[:, kept])
+    return block, jnp.sum(block * block, axis=1).reshape(-1)
 
 
 @in_float64
 @jax.jit
-def _gram(a, b):
-    products = jnp.einsum("dpr,dqr->dpq", a, b, precision=_HIGHEST)
-    return products.astype(jnp.float64).sum(0)
+def _gram(blocks):
+    """`F Fᵀ`, in float64."""
+    lower = [
+        [_einsum("dpr,dqr->dpq", a, b).astype(jnp.float64).sum(0) for b in blocks[: i + 1]]
+        for i, a in enumerate(blocks)
+    ]
+    every = range(len(blocks))
+    return jnp.block([[lower[i][j] if i >= j else lower[j][i].T for j in every] for i in every])
 
 
-def _by_device(v, block):
-    return v.reshape(block.shape[0], block.shape[2], -1)
-
-
-@in_float64
-@jax.jit
-def _project(block, v):
-    """`F v`."""
-    padded = _by_device(pad_columns(v.astype(jnp.float32)), block)
-    products = jnp.einsum("dpr,drc->dpc", block, padded, precision=_HIGHEST)
-    return products[..., : v.shape[1]].sum(0)
-
-
-@in_float64
-@jax.jit
-def _subtract(v, block, solved):
-    """`v - Fᵀ solved`."""
-    product = jnp.einsum("pc,dpr->cdr", solved.astype(jnp.float32), block, precision=_HIGHEST)
-    return v - before_transpose(product).transpose(1, 2, 0).reshape(v.shape)
+def _split(of_landmarks, blocks):
+    """`(rank, C)` by blocks."""
+    ends = np.cumsum([block.shape[1] for block in blocks])
+    return jnp.split(of_landmarks, ends[:-1])
 
 
 @in_float64
 @jax.jit
-def _add_combination(v, block, combination):
-    """`v + Fᵀ combination`, in float64."""
-    product = jnp.einsum("dpr,pc->drc", block.astype(v.dtype), combination, precision=_HIGHEST)
-    return v + product.reshape(v.shape)
+def _eigenvectors(blocks, combinations):
+    """`Fᵀ combinations`, made orthonormal: `(rows, count)`, float64."""
+    vectors = jnp.zeros((), combinations.dtype)
+    for block, part in zip(blocks, _split(combinations, blocks), strict=True):
+        vectors += _einsum("dpr,pc->drc", block.astype(part.dtype), part)
+    vectors = vectors.reshape(-1, combinations.shape[1])
+    lower = jnp.linalg.cholesky(_matmul(vectors.T, vectors))
+    return _matmul(vectors, solve_triangular(lower, jnp.eye(len(lower)), lower=True).T)
 
 
-@in_float64
-@jax.jit
-def _inner(a, b):
-    return jnp.matmul(a.T, b, precision=_HIGHEST)
+def _solve(approximation, v):
+    """`(Fᵀ F + δ)⁻¹ v` by Woodbury, of each device's rows `(share, C)`.
 
+    What is along the leading eigenvectors is divided by their eigenvalues. It does not pass through
+    `F`, whose products are in float32: it is taken out before, and what rounding brings back after.
+    """
+    blocks, factor, eigenvalues, eigenvectors, delta = approximation
+    columns = v.shape[1]
 
-@in_float64
-@jax.jit
-def _multiply(v, matrix):
-    return jnp.matmul(v, matrix, precision=_HIGHEST)
+    def along(v):
+        return lax.psum(_matmul(eigenvectors.T, v), AXIS)
 
+    leading = along(v)
+    v = v - _matmul(eigenvectors, leading)
 
-@in_float64
-@jax.jit
-def _add(v, vectors, coefficients):
-    """`v + vectors · coefficients`."""
-    return v + jnp.matmul(vectors, coefficients, precision=_HIGHEST)
+    narrow = pad_columns(v.astype(jnp.float32))
+    projected = jnp.concatenate([_matmul(block[0], narrow) for block in blocks])
+    projected = lax.psum(projected[:, :columns], AXIS)
+    solved = cho_solve((factor, True), projected.astype(v.dtype)).astype(jnp.float32)
+    for block, part in zip(blocks, _split(solved, blocks), strict=True):
+        v = v - before_transpose(_matmul(part.T, block[0])).T
+    v = v / delta
 
-
-@in_float64
-@jax.jit
-def _divide(v, delta):
-    return v / delta
+    return v + _matmul(eigenvectors, leading / (eigenvalues + delta)[:, None] - along(v))

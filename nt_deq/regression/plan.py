@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-
-import jax
-import psutil
 
 from nt_deq.errors import ArgumentError
 from nt_deq.regression.layout import Layout
+from nt_deq.regression.memory import device_memory, host_memory
 from nt_deq.regression.nystrom import leading_count
 
 _DIRECT = 8192  # inputs up to which a factorisation is the shorter way
@@ -24,13 +23,16 @@ class Plan:
     Attributes:
       method: 'cholesky' or 'cg'.
       keep: where the kernel matrix is: 'memory', 'store' or 'nothing'.
-      rank: landmarks of the preconditioner.
-      memory: bytes of one process, at the most.
-      available: bytes that there are.
+      rank: landmarks of the preconditioner, at most.
+      memory: bytes of one process' host memory, at the most; on a CPU, its devices' too.
+      available: bytes that there are of it.
+      device_memory: bytes on the devices of one process, at the most; on a CPU they are counted
+        with the host's.
+      device_available: bytes that there are of it.
       disk: bytes in the store.
       flops: of the kernel's products `x·xᵀ` not counted, of everything else.
-      seconds: estimated from a timed tile; `None` before it is timed.
       bytes_per_step: that a step of conjugate gradients sends between devices, each.
+      seconds: estimated from a timed tile; `None` where it is not timed, of few inputs.
     """
 
     method: str
@@ -38,6 +40,8 @@ class Plan:
     rank: int
     memory: float
     available: float
+    device_memory: float
+    device_available: float
     disk: float
     flops: float
     bytes_per_step: float
@@ -50,7 +54,9 @@ class Plan:
         else:
             where = "computed anew" if self.keep == "nothing" else f"in {self.keep}"
             how = f"conjugate gradients with {self.rank} landmarks, the kernel {where}"
-        parts = [f"{self.memory / 1e9:.2g} of {self.available / 1e9:.2g} GB memory"]
+        parts = [f"{_of(self.memory, self.available)} memory"]
+        if self.device_memory:
+            parts.append(f"{_of(self.device_memory, self.device_available)} on the devices")
         if self.disk:
             parts.append(f"{self.disk / 1e9:.2g} GB on disk")
         parts.append(f"{self.flops:.1e} flops")
@@ -59,15 +65,6 @@ class Plan:
         if self.seconds is not None:
             parts.append(f"about {self.seconds:.0f} s")
         return f"{how}: {', '.join(parts)}"
-
-
-def available_memory(layout: Layout) -> float:
-    """Bytes that this process may take: the accelerators', or the machine's share on a CPU."""
-    mine = [d for d in layout.mesh.devices.flat if d.process_index == jax.process_index()]
-    stats = [device.memory_stats() for device in mine]
-    if all(s and "bytes_limit" in s for s in stats):
-        return float(sum(s["bytes_limit"] - s["bytes_in_use"] for s in stats))
-    return float(psutil.virtual_memory().available)
 
 
 def make_plan(
@@ -87,49 +84,67 @@ def make_plan(
       method: 'auto', 'cholesky' or 'cg'.
       keep: 'auto', 'memory', 'store' or 'nothing'.
       rank: landmarks, or `None` to choose.
-      memory: bytes that the process may take; `None` is what is available.
+      memory: bytes that the process may take of the host's memory and of its devices'; `None` is
+        what is available of each.
       outputs: columns of the targets.
       inputs_bytes: size of the training inputs.
 
     Raises:
       MemoryError: it cannot fit, whatever is left open; the message says what could.
     """
-    n, share = layout.n, layout.devices / _processes(layout)
-    available = available_memory(layout) if memory is None else float(memory)
-    triangle = layout.tiles * (layout.tiles + 1) // 2
+    n, processes = layout.n, len(layout.processes)
+    is_host = layout.mesh.devices.flat[0].platform == "cpu"  # the devices have its memory
+    available = host_memory() if memory is None else float(memory)
+    device_available = device_memory(layout) if memory is None else float(memory)
     tile = 4.0 * layout.side**2
-    base = _OVERHEAD + 2 * inputs_bytes + 8 * share * tile  # a few tiles at work on each device
-    vectors = 8.0 * layout.rows * outputs * 8
+    host = _OVERHEAD + 2 * inputs_bytes
+    device = 8 * tile * layout.devices / processes  # a few tiles at work on each
+
+    def planned(method, keep, rank, host, device, **others):
+        both = (host + device, 0.0) if is_host else (host, device)
+        plan = Plan(method, keep, rank, both[0], available, both[1], device_available, **others)
+        return _checked(plan)
 
     if method == "auto":
-        direct = base + 8.0 * n * n
-        small = n <= _DIRECT and direct <= available and _processes(layout) == 1
+        fits = host + 8.0 * n * n + device * is_host <= available
+        small = n <= _DIRECT and fits and processes == 1
         method = "cholesky" if small and keep in ("auto", "memory") else "cg"
     if method == "cholesky":
-        if _processes(layout) > 1:
+        if processes > 1:
             raise ArgumentError(
                 "method='cholesky' runs in one process; take method='cg' on a mesh."
             )
-        plan = Plan(method, "memory", 0, base + 8.0 * n * n, available, 0.0, n**3 / 3, 0.0)
-        return _checked(plan, "method='cg'")
+        return planned(
+            method, "memory", 0, host + 8.0 * n * n, device,
+            disk=0.0, flops=n**3 / 3, bytes_per_step=0.0,
+        )  # fmt: skip
 
-    per_landmark = 4.0 * layout.rows / _processes(layout)
-    vectors += 2 * 2 * per_landmark * leading_count(n)  # in float64, and while they are made
-    kept = tile * triangle / _processes(layout)
+    per_landmark = 4.0 * layout.rows / processes
+    device += 8.0 * layout.rows * outputs * 8
+    device += 2 * 2 * per_landmark * leading_count(n)  # in float64, and while they are made
+    kept = tile * layout.triangle / processes
+    free = (available - host if is_host else device_available) - device
     if keep == "auto":
-        room = base + vectors + kept + per_landmark * min(1000, n)
-        keep = "memory" if room <= available else "nothing"
+        keep = "memory" if kept + per_landmark * min(1000, n) <= free else "nothing"
     held = kept if keep == "memory" else 0.0
     if rank is None:
-        free = (available - base - vectors - held) / (1.3 * per_landmark)
-        rank = int(max(min(n // 8, _MOST_LANDMARKS, free // 500 * 500), min(n, 100)))
-    needed = base + vectors + held + 1.3 * per_landmark * rank
+        most = (free - held) / (1.3 * per_landmark)
+        rank = int(max(min(n // 8, _MOST_LANDMARKS, most // 500 * 500), min(n, 100)))
     flops = (2.0 * n * n * outputs + 4.0 * n * rank * outputs) * _TYPICAL_STEPS
-    flops += 2.0 * n * rank**2
-    sent = 0.0 if layout.devices == 1 else bytes_per_step(layout, outputs, rank)
-    disk = tile * triangle if keep == "store" else 0.0
-    plan = Plan("cg", keep, rank, needed, available, disk, flops, sent)
-    return _checked(plan, "a store=directory" if keep == "memory" else "a smaller rank")
+    return planned(
+        method, keep, rank, host, device + held + 1.3 * per_landmark * rank,
+        disk=tile * layout.triangle if keep == "store" else 0.0,
+        flops=flops + 2.0 * n * rank**2,
+        bytes_per_step=0.0 if layout.devices == 1 else bytes_per_step(layout, outputs, rank),
+    )  # fmt: skip
+
+
+def room_for_tiles(plan: Plan, layout: Layout, itemsize: int) -> bool:
+    """Whether another triangle of tiles, of so many bytes an entry, fits beside what is planned."""
+    tiles = float(itemsize) * layout.side**2 * layout.triangle / len(layout.processes)
+    if plan.device_memory:
+        return plan.device_memory + tiles <= plan.device_available
+    return plan.memory + tiles <= plan.available
 
 
 def bytes_per_step(layout: Layout, outputs: int, rank: int) -> float:
@@ -144,30 +159,41 @@ def bytes_per_step(layout: Layout, outputs: int, rank: int) -> float:
     return others * outputs * (4.0 * layout.rows + 8.0 * layout.rows + 2 * summed)
 
 
-def estimate_seconds(
+def with_seconds(
     plan: Plan, layout: Layout, outputs: int, tile_seconds: float, product_seconds: float
-) -> float:
-    """The time of a fit, from that of a round of tiles and of its product with the vectors."""
+) -> Plan:
+    """Adds the time of a fit, from that of a round of tiles and of its product with the vectors."""
     rounds = sum(1 for _ in layout.rounds())
     speed = 2.0 * layout.devices * layout.side**2 * outputs / product_seconds
     if plan.method == "cholesky":
-        return rounds * tile_seconds + plan.flops / speed
+        return dataclasses.replace(plan, seconds=rounds * tile_seconds + plan.flops / speed)
     step = rounds * product_seconds
     build = rounds * tile_seconds
     times = _TYPICAL_STEPS if plan.keep == "nothing" else 1
     landmarks = plan.rank / layout.side * layout.tiles / layout.devices * tile_seconds
-    return times * build + _TYPICAL_STEPS * step + landmarks + 2.0 * layout.n * plan.rank**2 / speed
+    landmarks += 2.0 * layout.n * plan.rank**2 / speed
+    seconds = times * build + _TYPICAL_STEPS * step + landmarks
+    return dataclasses.replace(plan, seconds=seconds)
 
 
-def _processes(layout: Layout) -> int:
-    return len({device.process_index for device in layout.mesh.devices.flat})
+def _of(needed: float, available: float) -> str:
+    return f"{needed / 1e9:.2g} of {available / 1e9:.2g} GB"
 
 
-def _checked(plan: Plan, remedy: str) -> Plan:
-    if plan.memory > plan.available:
-        raise MemoryError(
-            f"method={plan.method!r} with the kernel in {plan.keep} needs {plan.memory / 1e9:.2f} "
-            f"GB and there are {plan.available / 1e9:.2f} GB: take {remedy}, fewer inputs, or, if "
-            "there is more than that, memory=BYTES."
-        )
+def _checked(plan: Plan) -> Plan:
+    """Raises where a plan needs more than there is."""
+    if plan.method == "cholesky":
+        remedy = "method='cg'"
+    else:
+        remedy = "a store=directory" if plan.keep == "memory" else "a smaller rank"
+    for needed, available, where in (
+        (plan.memory, plan.available, "of memory"),
+        (plan.device_memory, plan.device_available, "on the devices"),
+    ):
+        if needed > available:
+            raise MemoryError(
+                f"method={plan.method!r} with the kernel in {plan.keep} needs {needed / 1e9:.2f} "
+                f"GB {where} and there are {available / 1e9:.2f} GB: take {remedy}, fewer inputs, "
+                "or, if there is more than that, memory=BYTES."
+            )
     return plan

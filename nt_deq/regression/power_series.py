@@ -8,18 +8,18 @@ dimension, so (Schoenberg 1942) `f(t) = Σ cₖ tᵏ` with `cₖ >= 0`. The bias
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
 from nt_deq.errors import ArgumentError, NoEquilibriumError
 from nt_deq.kernels.pairs import multiply
+from nt_deq.typing import Get, KernelFn
 
 _NEWTON_STEPS = 64  # the error halves at worst, and is squared where it is below 1 - a
 
@@ -35,17 +35,17 @@ class Series:
       get: which kernel of the network it is, `'nngp'` or `'ntk'`.
     """
 
-    coefficients: np.ndarray
+    coefficients: Float[np.ndarray, " terms"]
     total: float
     mean_square: float
-    get: str
+    get: Get
 
     @property
     def tail(self) -> float:
         """What the cut leaves out at `t = 1`; at other `t` it is at most `|t|^(degree+1)` of it."""
         return self.total - float(self.coefficients.sum())
 
-    def kernel(self, x1: Array, x2: Array) -> Array:
+    def kernel(self, x1: Float[Array, "n1 d"], x2: Float[Array, "n2 d"]) -> Float[Array, "n1 n2"]:
         """The series cut short, of inputs `(n1, d)` and `(n2, d)` on the sphere: `(n1, n2)`."""
         t = multiply(x1, x2) / (self.mean_square * x1.shape[1])
         total = jnp.full_like(t, self.coefficients[-1])
@@ -53,7 +53,7 @@ class Series:
             total = total * t + coefficient
         return total
 
-    def remainder(self, kernel_fn: Callable[..., Any]) -> Callable[..., Array]:
+    def remainder(self, kernel_fn: KernelFn) -> KernelFn:
         """`kernel_fn` less the series cut short: what the cut leaves out, positive definite too.
 
         Args:
@@ -79,9 +79,9 @@ def deq_series(
     V_std: float = 1.0,
     activation: str | Activation = "relu",
     mean_square: float = 1.0,
-    get: str = "ntk",
+    get: Get = "nngp",
 ) -> Series:
-    """Expands the kernel of `stax.serial(stax.DEQ(...), stax.Dense(1, V_std))` on a sphere.
+    """Expands the kernel of `nt_deq.deq_network(W_std, ...)` on a sphere.
 
     The `cₖ` are Cauchy's integrals over a circle just inside the unit disc, on which the kernel's
     equation is solved for complex `t`: with the radius `ε^(1/N)` of `N = 64 (degree + 1)` points,

@@ -8,77 +8,83 @@ upper triangle is not written: it reads as NaN.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
+import base64
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import tensorstore as ts
 
+from nt_deq import _checks
 from nt_deq.errors import StoreError
-from nt_deq.regression.layout import Layout
+
+if TYPE_CHECKING:
+    from nt_deq.regression.matrix import KernelTiles
 
 _ATTRIBUTE = "nt_deq"
 _PENDING = 4  # tiles on their way to the disk
+_ROUNDING = 1e-5  # by which another machine's float32 may differ, relative to the largest
 
 
-def describe(
-    kernel_fn: Callable[..., Any],
-    get: str,
-    layout: Layout,
-    x: np.ndarray,
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What a stored kernel depends on: it is used again only where all of this is equal.
+def describe(kernel: KernelTiles, key: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stored kernel depends on: it is used again only where all of this is the same.
 
-    A kernel function cannot be looked into, so its values between a few of the inputs stand for
-    it and its hyper-parameters. `settings` are for people: they say what differs if something does.
+    A kernel function cannot be looked into, so its values between a few of the inputs stand for it,
+    and a product of every input with one random vector for the input: they are compared to
+    rounding, because another machine rounds otherwise. `key` is compared as it is.
     """
+    x, layout = kernel.x, kernel.layout
     few = x[np.linspace(0, len(x) - 1, min(len(x), 8)).astype(int)]
-    probe = np.asarray(jax.jit(lambda x: kernel_fn(x, None, get))(few))
+    probe = np.asarray(jax.jit(lambda x: kernel.kernel_fn(x, None, kernel.get))(few))
+    vector = np.random.default_rng(0).normal(size=x[0].size)
+    parts = [x[layout.slice(tile)] for tile in range(layout.tiles)]
+    prints = np.concatenate([part.reshape(len(part), -1) @ vector for part in parts])
     return {
-        "get": get,
-        "kernel": probe.astype(float).tolist(),
-        "data": hashlib.sha256(np.ascontiguousarray(x).data).hexdigest(),
-        "data_shape": list(x.shape),
-        "data_dtype": str(x.dtype),
+        "key": dict(key),
+        "get": kernel.get,
+        "shape": list(x.shape),
         "side": layout.side,
-        "platform": layout.mesh.devices.flat[0].platform,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "neural-tangents")
-        },
-        "settings": dict(settings),
+        "inputs": base64.b64encode(prints.astype("<f4").tobytes()).decode(),
+        "kernel": probe.astype(float).tolist(),
     }
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """What makes two kernels different ones, in words; none if nothing does.
 
-    Another precision makes other inputs, and all of it other values of the kernel: what follows
-    from something else is not told.
+    Other settings make other values of the kernel: what follows from something else is not told.
     """
-    if all(found.get(key) == expected[key] for key in expected if key != "settings"):
-        return []
 
     def changes(before, now, names):
         return [
-            f"{name}: {_short(before.get(name))} there, {_short(now[name])} here"
+            f"{name}: {_short(before.get(name))} there, {_short(now.get(name))} here"
             for name in names
-            if before.get(name) != now[name]
+            if before.get(name) != now.get(name)
         ]
 
-    of_inputs = changes(found, expected, ("data_shape", "data_dtype"))
-    shown = changes(found.get("settings", {}), expected["settings"], expected["settings"])
-    shown += changes(found, expected, ("get", "side", "platform")) + of_inputs
-    shown += changes(found.get("versions", {}), expected["versions"], expected["versions"])
-    if found.get("data") != expected["data"] and not of_inputs:
-        shown.append("the inputs have other values")
-    return shown or changes(found, expected, ("kernel",))
+    before, now = found.get("key", {}), expected["key"]
+    shown = changes(before, now, [*now, *(name for name in before if name not in now)])
+    shown += changes(found, expected, ("get", "shape", "side"))
+    if shown:
+        return shown
+    prints, others = (
+        np.frombuffer(base64.b64decode(description["inputs"]), "<f4")
+        for description in (found, expected)
+    )
+    changed = np.flatnonzero(~_same(prints, others))
+    if changed.size:
+        return [f"other values in {_checks.rows('x', changed)}"]
+    if not _same(np.array(found["kernel"]), np.array(expected["kernel"])).all():
+        return changes(found, expected, ("kernel",))
+    return []
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.abs(a - b) <= _ROUNDING * np.abs(b).max()
 
 
 class Store:
@@ -86,23 +92,24 @@ class Store:
 
     Args:
       location: a directory, or the URL of one that TensorStore knows (`gs://`, `s3://`, ...).
-      layout: how the matrix is cut.
-      description: of `describe`.
+      kernel: whose matrix it is, and how it is cut.
+      key: what the kernel was made of, as JSON has it.
 
     Raises:
       StoreError: the location holds another kernel, or something else, or cannot be used.
     """
 
     def __init__(
-        self, location: str | os.PathLike[str], layout: Layout, description: dict[str, Any]
+        self, location: str | os.PathLike[str], kernel: KernelTiles, key: Mapping[str, Any]
     ):
-        self.location, self.layout = os.fspath(location), layout
+        self.location, layout = os.fspath(location), kernel.layout
+        self.layout = layout
         remote = "://" in self.location
         url = self.location if remote else f"file://{os.path.abspath(self.location)}"
         self._pending: list[tuple[tuple[int, int], Any]] = []
         try:
             self._files = ts.KvStore.open(url.rstrip("/") + "/").result()
-            description = self._check(description)
+            description = self._check(describe(kernel, key))
             tiles = layout.side, layout.side
             self._array = ts.open(
                 {
@@ -134,7 +141,7 @@ class Store:
             self._check_space()
 
     def _check(self, description):
-        """The description in the store, which must be equal but for `settings`; ours without."""
+        """The description in the store, which must be the same; ours without."""
         found = self._files.read("zarr.json").result()
         if found.state != "value":
             strange = [key for key in self._files.list().result() if b".__lock" not in key]
@@ -156,8 +163,7 @@ class Store:
 
     def _check_space(self):
         done = len(self.finished_names())
-        total = self.layout.tiles * (self.layout.tiles + 1) // 2
-        needed = max(total - done, 0) * (4 * self.layout.side**2 + 4)
+        needed = max(self.layout.triangle - done, 0) * (4 * self.layout.side**2 + 4)
         free = shutil.disk_usage(self.location).free
         if needed > free:
             raise StoreError(

@@ -5,8 +5,8 @@
     model = DEQRegressor(activation="gelu").fit(X, y)
     mean, std = model.predict(X_test, return_std=True)
 
-`pip install ".[sklearn]"` in a clone; `import nt_deq` does not import scikit-learn. Up to
-`max_exact` inputs all is computed in float64, whatever JAX's x64 mode is.
+`pip install ".[sklearn]"` in a clone; `import nt_deq` does not import scikit-learn. All is
+computed in float64, whatever JAX's x64 mode is.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,10 +18,12 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from nt_deq import _checks, gp
+from nt_deq._batches import by_batches
 from nt_deq.activations import Activation, get_activation
 from nt_deq.errors import ArgumentError, NoEquilibriumError
 from nt_deq.regression import KernelRegression
 from nt_deq.sklearn import programs
+from nt_deq.sklearn.padding import pad, pad_features
 from nt_deq.typing import Get
 
 FLOATS = [np.float64, np.float32]
@@ -49,7 +52,7 @@ class DEQProcess(BaseEstimator):
 
     def __init__(
         self,
-        kernel: Get = "nngp",
+        get: Get = "nngp",
         W_std: float = 0.8,
         U_std: float = 1.0,
         b_std: float = 0.1,
@@ -64,7 +67,7 @@ class DEQProcess(BaseEstimator):
         max_exact: int = 1000,
         random_state: int | np.random.RandomState | None = None,
     ):
-        self.kernel: Get = kernel
+        self.get: Get = get
         self.W_std = W_std
         self.U_std = U_std
         self.b_std = b_std
@@ -88,26 +91,25 @@ class DEQProcess(BaseEstimator):
     def _fit_process(self, X: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Fits to targets `(n, C)`; returns the rows that the hyper-parameters are fitted to."""
         n, random = len(X), check_random_state(self.random_state)
-        self.hyperparameters_ = self._check_parameters(n, X.shape[1])
+        self.hyperparameters_ = self._check_parameters(X.shape[1])
         self.X_train_, self._targets, self._weights = X, targets, weights
         scaler = StandardScaler(with_mean=self.standardize, with_std=self.standardize)
         self._scaler = scaler.fit(X, sample_weight=weights)
         rows = random.permutation(n)[: self.max_exact] if n > self.max_exact else np.arange(n)
         x = np.asarray(self._scaler.transform(X[rows]))
-        self._problem = programs.pad(x, targets[rows], weights[rows])
+        self._problem = pad(x, targets[rows], weights[rows])
         self.optimum_ = None
         with programs.exactly():
             if self.optimize:
-                self._optimize(self._least_noise(n), random.randint(2**31))
+                self._optimize(random.randint(2**31))
             self.log_marginal_likelihood_ = float(self._evaluate(programs.likelihood))
-        if n > self.max_exact:
-            self._regression = self._fit_regression()
+            if n > self.max_exact:
+                self._regression = self._fit_regression()
         return rows
 
-    def _check_parameters(self, n: int, features: int) -> dict[str, Any]:
+    def _check_parameters(self, features: int) -> dict[str, Any]:
         """The hyper-parameters as given; an error names an argument of the estimator."""
-        if self.kernel not in ("nngp", "ntk"):
-            raise ArgumentError(f"kernel={self.kernel!r} must be 'nngp' or 'ntk'.")
+        _checks.kernel_name(self.get)
         _checks.count("max_exact", self.max_exact)
         if self.n_restarts_optimizer < 0:
             raise ArgumentError(f"n_restarts_optimizer={self.n_restarts_optimizer} must be >= 0.")
@@ -128,14 +130,14 @@ class DEQProcess(BaseEstimator):
         if not (np.isfinite(scale) & (scale > 0)).all():
             raise ArgumentError(f"length_scale={self.length_scale} must be finite and above 0.")
         if self.optimize:
-            self._check_start(self._least_noise(n))
+            self._check_start()
         return {
             **values,
             "noise": self.noise,
             "length_scale": scale if scale.ndim else float(scale),
         }
 
-    def _check_start(self, least_noise: float) -> None:
+    def _check_start(self) -> None:
         """Raises where no search can start."""
         largest = gp.largest_W_std(self.activation)
         if self.W_std >= largest:
@@ -144,19 +146,13 @@ class DEQProcess(BaseEstimator):
                 f"activation={self.activation!r}: the search for hyper-parameters stays where "
                 "every input has an equilibrium. Take a smaller one, or optimize=False."
             )
-        if self.noise <= least_noise:
+        if self.noise <= _LEAST_NOISE:
             raise ArgumentError(
-                f"noise={self.noise} must be above {least_noise:.2g}, the least that the search "
+                f"noise={self.noise} must be above {_LEAST_NOISE:.2g}, the least that the search "
                 "for hyper-parameters tries. Take a larger one, or optimize=False."
             )
 
-    def _least_noise(self, n: int) -> float:
-        """The noise below which rounding errors of the kernel matrix count."""
-        if n <= self.max_exact:
-            return _LEAST_NOISE
-        return max(_LEAST_NOISE, 2 * n**0.5 * float(jnp.finfo(jnp.zeros(()).dtype).eps))
-
-    def _optimize(self, least_noise: float, seed: int) -> None:
+    def _optimize(self, seed: int) -> None:
         """Searches for the hyper-parameters, from those that were given."""
         phi, values = get_activation(self.activation), programs.flat(self.hyperparameters_)
         own_scales = "length_scale" not in values
@@ -169,7 +165,7 @@ class DEQProcess(BaseEstimator):
         bounds = {
             "W_std": (0.0, gp.largest_W_std(phi)),
             "b_std": (0.0, max(_LARGEST_B_STD, 10 * self.b_std)),
-            "noise": (least_noise, np.inf),
+            "noise": (_LEAST_NOISE, np.inf),
         }
         self.optimum_ = gp.fit(
             programs.make_kernel(phi, tuple((name, values[name]) for name in sorted(fixed))),
@@ -177,7 +173,7 @@ class DEQProcess(BaseEstimator):
             self._problem.y,
             start,
             bounds={name: bound for name, bound in bounds.items() if name in start},
-            get=self.kernel,
+            get=self.get,
             weights=self._problem.weights,
             restarts=self.n_restarts_optimizer,
             seed=seed,
@@ -199,7 +195,7 @@ class DEQProcess(BaseEstimator):
     def _evaluate(self, fn: Any, *args: Any) -> Any:
         """A compiled function of the process; NaN is an error, which says why."""
         make = programs.make_kernel(get_activation(self.activation))
-        args = (make, self.kernel, programs.flat(self.hyperparameters_), self._problem, *args)
+        args = (make, self.get, programs.flat(self.hyperparameters_), self._problem, *args)
         found = jax.tree.map(np.asarray, fn(*args))
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):
             fn.__wrapped__(*args)  # which says what is wrong
@@ -207,7 +203,8 @@ class DEQProcess(BaseEstimator):
         return found
 
     def _fit_regression(self) -> KernelRegression:
-        get, noise = self.kernel, self.hyperparameters_["noise"]
+        """Of all rows; in float64, in which it must be called."""
+        get, noise = self.get, self.hyperparameters_["noise"]
         kernel_fn = self._kernel_fn()
 
         def covariance(x1, x2, _):  # of √w y, as if each were one observation
@@ -216,10 +213,10 @@ class DEQProcess(BaseEstimator):
             return root1[:, None] * root2 * kernel
 
         root = np.sqrt(self._weights)[:, None]
-        x = np.hstack([self._scaler.transform(self.X_train_), root])
-        variances = gp.variances(covariance, jnp.asarray(x, float), get)
-        diag_reg = noise / float(variances.mean())
-        regression = KernelRegression(covariance, "nngp", diag_reg, progress=False)
+        x = np.hstack([self._scaler.transform(self.X_train_), root]).astype(np.float64)
+        variances = gp.variances(covariance, jnp.asarray(x), get)
+        relative_noise = noise / float(variances.mean())
+        regression = KernelRegression(covariance, "nngp", relative_noise, progress=False)
         return regression.fit(x, root * self._targets)
 
     def _predict_process(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -235,7 +232,7 @@ class DEQProcess(BaseEstimator):
             return self._predict_scaled(x)
         except NoEquilibriumError as error:
             with programs.exactly():
-                variances = gp.variances(self._kernel_fn(), jnp.asarray(x), self.kernel)
+                variances = gp.variances(self._kernel_fn(), jnp.asarray(x), self.get)
             rows = np.flatnonzero(~np.isfinite(variances))
             first = f" (the first is row {rows[0]})" if len(rows) else ""
             raise NoEquilibriumError(
@@ -243,17 +240,13 @@ class DEQProcess(BaseEstimator):
             ) from error
 
     def _predict_scaled(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if len(self.X_train_) > self.max_exact:
+        with programs.exactly():
+            if len(self.X_train_) <= self.max_exact:
+                return by_batches(
+                    partial(self._evaluate, programs.posterior), pad_features(x), _TEST
+                )
             if not hasattr(self, "_regression"):
                 self._regression = self._fit_regression()
-            once = np.ones((len(x), 1), x.dtype)
+            once = np.ones((len(x), 1))
             mean, std = self._regression.predict(np.hstack([x, once]), return_std=True)
             return mean, std**2
-        parts = []
-        with programs.exactly():
-            for start in range(0, len(x), _TEST):
-                part = x[start : start + _TEST]
-                found = self._evaluate(programs.posterior, programs.pad_inputs(part))
-                parts.append([moment[: len(part)] for moment in found])
-        mean, variance = map(np.concatenate, zip(*parts, strict=True))
-        return mean, variance

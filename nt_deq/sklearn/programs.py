@@ -1,34 +1,24 @@
-"""Compiled functions of the process, and data padded to the shapes that they are compiled for.
-
-Cross-validation fits to data of many sizes. A few shapes have all of them: a filling row is an
-observation with weight 0, and a filling feature is 0.
-"""
+"""Compiled functions of the process, in float64."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from nt_deq import gp, stax
+from nt_deq import gp
 from nt_deq._bridges import enable_x64
 from nt_deq.activations import Activation
+from nt_deq.networks import deq_network
+from nt_deq.typing import KernelFn
 
 LENGTH_SCALE = "length_scale_{}"  # of feature number {}, where each has its own
-
-
-class Problem(NamedTuple):
-    """Padded data in float64: inputs, targets `(n, C)`, and how often each was observed."""
-
-    x: np.ndarray
-    y: np.ndarray
-    weights: np.ndarray
 
 
 @contextlib.contextmanager
@@ -40,23 +30,6 @@ def exactly() -> Iterator[None]:
     """
     with enable_x64(True), threadpool_limits(1, user_api="blas"):
         yield
-
-
-def pad_inputs(x: np.ndarray) -> np.ndarray:
-    """Pads `(n, d)` to a power of two from 32 to 256 rows, or beyond to a multiple of 128."""
-    n, d = x.shape
-    rows = max(32, 1 << (n - 1).bit_length()) if n <= 256 else -(-n // 128) * 128
-    features = -(-d // 8) * 8
-    x = np.asarray(x, np.float64) * (features / d) ** 0.5  # keeps x·x'/d
-    x = np.pad(x, ((0, 0), (0, features - d)))
-    return np.pad(x, ((0, rows - n), (0, 0)), mode="edge")
-
-
-def pad(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> Problem:
-    """Pads inputs `(n, d)`, targets `(n, C)` and weights `(n,)`."""
-    x = pad_inputs(x)
-    more = len(x) - len(y)
-    return Problem(x, np.pad(y, ((0, more), (0, 0))), np.pad(weights, (0, more)))
 
 
 def flat(hyperparameters: Mapping[str, Any]) -> dict[str, float]:
@@ -77,12 +50,6 @@ def nested(values: Mapping[str, float]) -> dict[str, Any]:
     return found | {"length_scale": np.array(scales)}
 
 
-def network(activation: Activation, p: Mapping[str, Any]) -> Callable[..., Any]:
-    """The stax `kernel_fn` of inputs that are scaled already."""
-    layer = stax.DEQ(1, p["W_std"], p["U_std"], p["b_std"], activation)
-    return stax.serial(layer, stax.Dense(1, p["V_std"]))[2]
-
-
 def length_scales(p: Mapping[str, Any], features: int) -> Any:
     """The length scale of each of so many features, 1 of filling ones, or the one of all."""
     if "length_scale" in p:
@@ -92,12 +59,15 @@ def length_scales(p: Mapping[str, Any], features: int) -> Any:
 
 
 @lru_cache(maxsize=128)  # the same function again is a program that is compiled already
-def make_kernel(activation: Activation, fixed: tuple[tuple[str, float], ...] = ()) -> Callable:
+def make_kernel(
+    activation: Activation, fixed: tuple[tuple[str, float], ...] = ()
+) -> Callable[[Mapping[str, Any]], KernelFn]:
     """Makes a `kernel_fn` of flat hyper-parameters, besides those that are fixed."""
 
     def make(p):
         p = {**p, **dict(fixed)}
-        kernel_fn = network(activation, p)
+        stds = p["W_std"], p["U_std"], p["b_std"]
+        kernel_fn = deq_network(*stds, activation, p["V_std"])[2]
 
         def scaled(x1, x2, get):
             scale = length_scales(p, x1.shape[1])

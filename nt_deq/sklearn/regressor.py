@@ -17,11 +17,11 @@ class DEQRegressor(RegressorMixin, DEQProcess):
 
     `f = V_std/√n V φ(z*)` with `z* = W_std/√n W φ(z*) + U_std/√d U x + b_std b`. Targets are made
     to have mean 0 and variance 1, and `noise` and `log_marginal_likelihood_` are those of them.
-    One output or several, which share the kernel. Up to `max_exact` rows all is in float64.
+    One output or several, which share the kernel. All is in float64.
 
     Args:
-      kernel: the covariance: `'nngp'`, of the network with random weights, or `'ntk'`, that
-        training all of its weights by gradient descent amounts to.
+      get: which kernel is the covariance: `'nngp'`, of the network with random weights, or
+        `'ntk'`, that training all of its weights by gradient descent amounts to.
       W_std: standard deviation of the recurrent weights.
       U_std: standard deviation of the input weights.
       b_std: standard deviation of the bias.
@@ -40,7 +40,7 @@ class DEQRegressor(RegressorMixin, DEQProcess):
         `U_std`. A feature that does not count gets a large one.
       n_restarts_optimizer: further starts of the search, at random.
       max_exact: for more inputs than this the hyper-parameters are those of a random subset of so
-        many, and `nt_deq.KernelRegression` does the rest, in JAX's precision.
+        many, and `nt_deq.KernelRegression` does the rest.
       random_state: of restarts and subset.
 
     Attributes:

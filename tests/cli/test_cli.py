@@ -75,7 +75,7 @@ def test_kernel(files, monkeypatch, capsys, get, x64):
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        ("kernel x.npy --out k.npy", "k.npy: NTK of f, 14 × 14, float32.\n"),
+        ("kernel x.npy --out k.npy", "k.npy: NNGP of f, 14 × 14, float32.\n"),
         ("predict x.csv words.csv x2.csv --out p.csv --probabilities q.csv", "leave-one-out: "),
         ("compare --widths 8 --networks 1 --steps 2", "on 20 inputs, 20 for testing"),
         ("phase --W-stds 1", "whatever the inputs, there is an equilibrium for W_std < 1.414"),
@@ -101,7 +101,7 @@ def test_float32_is_the_default_and_x64_does_not_stay(files):
 
 def test_predict(files, x64):
     x, y, x2 = files["x"], files["y"], files["x2"]
-    flags = ["--get", "nngp", "--diag-reg", "0.01", "--W-std", "0.7", "--x64"]
+    flags = ["--relative-noise", "0.01", "--W-std", "0.7", "--x64"]
     words = ["predict", "x.npy", "y.npy", "x2.npy", "--out", "mean.npy", "--std", "std.npy"]
     assert main([*words, *flags]) == 0
     ridge = 0.01 * np.diag(network(W_std=0.7)(x, None, "nngp")).mean()
@@ -111,7 +111,7 @@ def test_predict(files, x64):
 
 
 def test_predict_labels(files, capsys):
-    flags = ["--diag-reg", "0.01", "--probabilities", "p.csv", "--y-test", "words2.csv"]
+    flags = ["--relative-noise", "0.01", "--probabilities", "p.csv", "--y-test", "words2.csv"]
     assert main(["predict", "x.csv", "words.csv", "x2.npy", "--out", "found.npy", *flags]) == 0
     classes, probabilities = Path("p.csv").read_text().split("\n", 1)
     assert classes == "high,low"
@@ -127,8 +127,8 @@ def test_predict_labels(files, capsys):
     assert f"log loss {loss:.4f}." in out
 
     x, sign = np.float32(files["x"]), np.where(files["y"] > 0, -0.5, 0.5)  # of "low"
-    ridge = 0.01 * np.diag(network(W_std=0.8)(x, None, "ntk")).mean()
-    left_out = nt_deq.gp.leave_one_out(network(W_std=0.8), x, sign, ridge, "ntk").mean
+    ridge = 0.01 * np.diag(network(W_std=0.8)(x, None, "nngp")).mean()
+    left_out = nt_deq.gp.leave_one_out(network(W_std=0.8), x, sign, ridge, "nngp").mean
     right = ((left_out > 0) == (sign > 0)).sum()
     assert f"leave-one-out: {right / 14:.2%} right, {right} of 14" in out
 
@@ -207,7 +207,11 @@ def test_info(capsys):
         (2, "kernel x.npy --out k.npy --W-std -1", "--W-std=-1.0 has to be a finite standard"),
         (2, "kernel x.npy --out k.npy --activation rely", "activation='rely' is unknown"),
         (1, "kernel x.npy --out k.npy --W-std 1.5", "W_std=1.5 with activation='relu'"),
-        (2, "predict x.npy y.npy x.npy --out p.npy --diag-reg -1", "diag_reg=-1.0 has to be"),
+        (
+            2,
+            "predict x.npy y.npy x.npy --out p.npy --relative-noise -1",
+            "relative_noise=-1.0 must",
+        ),
         (2, "predict x.npy x2.npy x.npy --out p.npy", "x2.npy has float64 of shape (7, 3): 14"),
         (
             2,
@@ -272,6 +276,44 @@ def test_bad_flags_are_one_line(capsys, words, message):
     assert err.count("\n") == 1
 
 
+def test_our_mistakes_are_not_the_users(files, capsys, monkeypatch):
+    def run(args):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(kernel, "run", run)
+    words = ["kernel", "x.npy", "--out", "k.npy"]
+    assert main(words) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ValueError: shapes do not match This is a mistake of nt-deq's: please report" in line
+    assert main([*words, "--debug"]) == 3
+    assert 'raise ValueError("shapes do not match")' in capsys.readouterr().err
+
+
+def test_debug_shows_where_a_mistake_of_the_users_was_found(files, capsys):
+    assert main(["kernel", "bad.npy", "--out", "k.npy", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert "nt-deq: error: bad.npy has NaN" in err
+
+
+def test_a_kernel_is_compiled_once_and_not_at_every_tile(files, monkeypatch):
+    monkeypatch.setattr(kernel, "TILE", 2)
+    traced, deq_network = [], nt_deq.deq_network
+
+    def counting(**options):
+        init_fn, apply_fn, kernel_fn = deq_network(**options)
+
+        def counted(*args):
+            traced.append(args)
+            return kernel_fn(*args)
+
+        return init_fn, apply_fn, counted
+
+    monkeypatch.setattr(nt_deq, "deq_network", counting)
+    assert main(["kernel", "x.npy", "--out", "k.npy"]) == 0
+    assert len(traced) == 2  # on the diagonal and off it
+
+
 def test_signals_end_it_with_files_as_they_were(files):
     np.save("many.npy", np.random.default_rng(0).standard_normal((9000, 3)))
     Path("k.npy").write_text("before")
@@ -314,11 +356,12 @@ def test_the_program_and_that_its_help_does_not_import_jax():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     module, name = project["project"]["scripts"]["nt-deq"].split(":")
     assert getattr(importlib.import_module(module), name) is main
-    assert module in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert module.partition(".")[0] in packages
     program = (
         f"import sys, {module}\n"
         f"try: {module}.{name}(['--help'])\n"
-        "finally: print(sorted({'jax', 'nt_deq', 'scipy'} & set(sys.modules)))"
+        "finally: print(sorted({'jax', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -14,7 +14,7 @@ from experiments.train import mnist
 from nt_deq.errors import InputError
 
 ROOT = Path(__file__).parents[2]
-TINY = dict(data="digits", n_train=150, n_test=40, diag_reg=1e-3)
+TINY = dict(data="digits", n_train=150, n_test=40, relative_noise=1e-3)
 
 
 def run(path, **options):
@@ -46,7 +46,7 @@ def test_it_writes_what_it_found(tmp_path):
 @pytest.mark.slow
 def test_it_tunes_and_keeps_a_store(tmp_path, monkeypatch):
     monkeypatch.setattr(mnist, "TUNED_W_STD", (0.5, 0.9))
-    monkeypatch.setattr(mnist, "TUNED_DIAG_REG", (1e-3, 10.0))
+    monkeypatch.setattr(mnist, "TUNED_NOISE", (1e-3, 10.0))
     found = run(tmp_path, tune=True, store=str(tmp_path / "kernel"))
     tuned = found["measured"]["tuned"]
     assert len(tuned) == 4
@@ -60,7 +60,7 @@ def test_it_tunes_and_keeps_a_store(tmp_path, monkeypatch):
 def test_settings_that_cannot_be_right(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="get='cov'"):
         run(tmp_path, get="cov")
-    monkeypatch.setattr("nt_deq.regression.plan.available_memory", lambda layout: 1e6)
+    monkeypatch.setattr("nt_deq.regression.plan.host_memory", lambda: 1e6)
     with pytest.raises(MemoryError, match="needs"):
         run(tmp_path, method="cg", keep="memory")
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from nt_deq import KernelRegression, stax
 from nt_deq._bridges import enable_x64
-from nt_deq.regression import layout, nystrom
+from nt_deq.regression import layout
 from nt_deq.regression.store import Store
 
 
@@ -19,8 +19,8 @@ def fit(**options):
     layout._SIDE = 48
     x = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
     kernel_fn = stax.serial(stax.Dense(1, 1.5, 0.2), stax.Erf(), stax.Dense(1))[2]
-    options = dict(method="cg", tol=1e-7, rank=40, progress=False) | options
-    return KernelRegression(kernel_fn, diag_reg=1e-3, **options).fit(x, np.sin(x[:, :2]))
+    options = dict(method="cg", relative_residual=1e-7, rank=40, progress=False) | options
+    return KernelRegression(kernel_fn, "ntk", 1e-3, **options).fit(x, np.sin(x[:, :2]))
 
 
 def die_after(tiles):
@@ -57,14 +57,12 @@ def received(fn, *args):
 def communication():
     """Of a step of conjugate gradients: as planned, and in the compiled programs."""
     found = fit(mesh=Mesh(np.array(jax.devices()), ("x",)), keep="memory")
-    compute, rank = found._compute, found.plan_.rank
-    cut, v = compute.layout, compute.layout.vector(found.coefficients_)
-    precondition = nystrom.Nystrom(compute, np.ones(len(compute.x)), rank, found.ridge_)
+    cut, v = found._kernel.layout, found._kernel.layout.vector(found.coefficients_)
+    precondition = found._solver.precondition
     with enable_x64(True):
         counted = received(layout._replicate, v.astype("float32"), cut.replicated)
         counted += received(cut.sum, cut.zeros(v.shape[1]))
-        counted += sum(received(nystrom._project, block, v) for block in precondition._blocks)
-        counted += 2 * received(nystrom._inner, precondition._eigenvectors, v)
+        counted += received(precondition.solve, precondition.approximation, v)
     print(found.plan_.bytes_per_step, counted)
 
 
@@ -83,6 +81,12 @@ def main(task, *args):
         jax.distributed.initialize(
             f"127.0.0.1:{port}", int(count), int(process), heartbeat_timeout_seconds=10
         )
+        if task == "local":  # only the first fits, on its own devices, into a store
+            if process == "0":
+                mesh = Mesh(np.array(jax.local_devices()), ("x",))
+                save(result, fit(store=store, mesh=mesh))
+                save(result, fit(keep="memory"))
+            return
         if task == "lost" and process == str(int(count) - 1):
             die_after(3)
         found = fit(store=store, mesh=Mesh(np.array(jax.devices()), ("x",)))

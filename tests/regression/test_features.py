@@ -39,7 +39,7 @@ def network(mean_square=1.0, V_std=1.0, **setting):
 
 
 @partial(jax.jit, static_argnums=2)
-def exponential(x1, x2=None, get="ntk"):
+def exponential(x1, x2=None, get="nngp"):
     """A positive definite kernel that is quickly compiled."""
     del get
     return jnp.exp(x1 @ (x1 if x2 is None else x2).T / x1.shape[1])
@@ -232,7 +232,7 @@ def problem(n, dtype, seed=0, classes=3):
 
 def test_regression_is_exact_kernel_ridge_when_the_features_are_exact(x64):
     (x, y), (x_test, _) = problem(60, np.float64), problem(20, np.float64, seed=1)
-    model = FeatureRegression(NystromFeatures(exponential, x), diag_reg=1e-3)
+    model = FeatureRegression(NystromFeatures(exponential, x), relative_noise=1e-3)
     kernel = np.asarray(exponential(x))
     ridge = 1e-3 * np.trace(kernel) / len(x)
     dual = np.linalg.solve(kernel + ridge * np.eye(len(x)), y)
@@ -267,7 +267,7 @@ def test_float32_features_keep_their_digits_in_the_normal_matrix():
     left, right = (np.linalg.qr(rng.normal(size=(n, 8)))[0] for n in (300, 8))
     z = (left * np.logspace(0, -5, 8) @ right.T).astype(np.float32)
     target = z.astype(np.float64) @ np.ones(8)
-    model = FeatureRegression(jnp.asarray, diag_reg=0).fit(in_batches(z, target, 70))
+    model = FeatureRegression(jnp.asarray, relative_noise=0).fit(in_batches(z, target, 70))
     np.testing.assert_allclose(model.weights, np.ones(8), atol=1e-4)
     assert model.predict(z).shape == (300,)
 
@@ -318,8 +318,8 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match="not positive semi-definite"):
             NystromFeatures(lambda *_, matrix=matrix: np.array(matrix), x[:2])
 
-    with pytest.raises(ValueError, match="diag_reg=-1"):
-        FeatureRegression(features, diag_reg=-1)
+    with pytest.raises(ValueError, match="relative_noise=-1"):
+        FeatureRegression(features, relative_noise=-1)
     model = FeatureRegression(features)
     with pytest.raises(ValueError, match="call fit first"):
         model.predict(x)
@@ -331,8 +331,8 @@ def test_bad_arguments():
         model.fit([(x, y), (x, y[:, :2])])
     with pytest.raises(ValueError, match="batch 0 has NaN or infinite"):
         model.fit([(x, np.full_like(y, np.nan))])
-    with pytest.raises(ValueError, match="diag_reg=0 is too small"):
-        FeatureRegression(features, diag_reg=0).fit([(x[:5], y[:5])])
+    with pytest.raises(ValueError, match="relative_noise=0 is too small"):
+        FeatureRegression(features, relative_noise=0).fit([(x[:5], y[:5])])
     with pytest.raises(ValueError, match="x has 10 rows and y has 9"):
         in_batches(x, y[:9], 5)
     with pytest.raises(ValueError, match="rows=0"):

@@ -1,0 +1,42 @@
+"""Data padded to the few shapes that programs are compiled for: cross-validation has many sizes.
+
+What fills them does not show, because
+
+    k(x √(D/d), 0), of D ≥ d features     = k(x)       : a kernel depends on x·x'/d,
+    a target with weight 0                 is not there : see `nt_deq.gp`,
+    an input more to predict for           is ignored.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from nt_deq._batches import pad_rows, padded_size
+
+_FEATURES = 8  # their number is a multiple of it
+
+
+class Problem(NamedTuple):
+    """Padded data in float64: inputs, targets `(n, C)`, and how often each was observed."""
+
+    x: np.ndarray
+    y: np.ndarray
+    weights: np.ndarray
+
+
+def pad_features(x: np.ndarray) -> np.ndarray:
+    """Pads inputs `(n, d)` with zeros to a multiple of 8 features, in float64."""
+    d = x.shape[1]
+    features = -(-d // _FEATURES) * _FEATURES
+    return np.pad(np.asarray(x, np.float64) * (features / d) ** 0.5, ((0, 0), (0, features - d)))
+
+
+def pad(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> Problem:
+    """Pads inputs `(n, d)`, targets `(n, C)` and weights `(n,)`, the last with 0."""
+    size = padded_size(len(x))
+    more = (0, size - len(x))
+    return Problem(
+        pad_rows(pad_features(x), size), np.pad(y, (more, (0, 0))), np.pad(weights, more)
+    )
