@@ -4,7 +4,7 @@
 PYTHON ?= python3
 UV := .venv/bin/uv
 RUN := .venv/bin/python -m
-PYTEST := pytest -n 2 --dist loadfile
+PYTEST := pytest -n 2
 # Most of the time of small tests is compilation. Programs are kept from run to run for every process, outside
 # the checkout; those of another lock are others.
 PROGRAMS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nt-deq/programs
@@ -27,7 +27,7 @@ demo: .venv/.ready
 	$(RUN) experiments.claims.compare --workdir=out/demo
 
 test: .venv/.ready
-	$(QUICK) $(RUN) $(PYTEST) -m "not slow"
+	$(QUICK) $(RUN) $(PYTEST) --dist loadfile -m "not slow"
 
 # As users run it: with every optimisation.
 test-all: .venv/.notebooks test-versions
@@ -45,10 +45,11 @@ lint: .venv/.types
 	$(RUN) pyright
 
 # Built, and all of its code and the README's run as users run it: every page by itself, with every
-# optimisation, at the sizes shown and at others. Material announces its successor at every start.
+# optimisation (`make test-all` runs them at other sizes too). Material announces its successor at every
+# start.
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
-	$(KEPT) $(RUN) $(PYTEST) tests/docs/test_docs.py tests/docs/test_readme.py
+	$(KEPT) $(RUN) $(PYTEST) tests/docs/test_docs.py tests/docs/test_readme.py -k "not at_other_sizes"
 
 notebooks: .venv/.notebooks
 	$(KEPT) $(RUN) $(PYTEST) tests/docs/test_notebooks.py

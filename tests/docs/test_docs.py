@@ -51,17 +51,24 @@ OTHER_SIZES = {
         {"(2, 20, 5)": "(2, 33, 5)", "256": "100", "128": "200"},
     ],
 }  # fmt: skip
-RUNS = [(page, sizes) for page in PAGES for sizes in [{}, *OTHER_SIZES.get(page, [])]]
 
 
 @pytest.mark.slow  # make docs runs them
-@pytest.mark.parametrize(("page", "sizes"), RUNS)
-def test_page_runs(page, sizes, tmp_path):
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs(page, tmp_path):
+    run_apart(page, tmp_path, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "sizes"), [(page, sizes) for page, both in OTHER_SIZES.items() for sizes in both]
+)
+def test_page_runs_at_other_sizes(page, sizes, tmp_path):
     run_apart(page, tmp_path, sizes)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_draws_arrays_runs_at_other_sizes(page):
+def test_what_draws_arrays_has_other_sizes(page):
     if "random.normal" in python_code(page):
         assert len(OTHER_SIZES.get(page, [])) == 2, f"OTHER_SIZES must name two for {page}"
 
