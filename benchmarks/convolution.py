@@ -23,7 +23,7 @@ import numpy as np
 
 from nt_deq import nt, stax
 from benchmarks import _measure
-from nt_deq.kernels.cell import solve_fixed_point, unreversed
+from nt_deq.kernels.cell import solve_cell, unreversed
 
 CASES = ((16, 8, False), (16, 8, True), (32, 16, False), (32, 16, True))
 SMALL = ((4, 4, False), (4, 4, True))
@@ -43,7 +43,7 @@ def by_fixed_point(pool: bool, solver: Any, x: jax.Array) -> tuple[jax.Array, ..
     """`(NNGP, NTK, steps)`."""
     cell, inject = layers(pool)
     s = unreversed(inject[2](x, None))
-    k, _, steps = solve_fixed_point(cell[2], s, solver)
+    k, *_, steps = solve_cell(cell[2], s, solver)
     out = nt.stax.GlobalAvgPool()[2](k)
     return out.nngp, out.ntk, steps
 

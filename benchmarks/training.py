@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from nt_deq import Unrolled
+from nt_deq import Picard, UnrolledAdjoint
 from benchmarks import _measure
 from experiments.lib.report import console_table
 from nt_deq.flax import Conv, FixedPoint
-from nt_deq.iterations import Iteration
 
 SIZES = ((64, 8, 32), (32, 16, 32), (128, 7, 48))  # batch, side, channels
 W_STD, REFERENCE = 0.7, "24 layers"
@@ -61,8 +60,8 @@ def programs(batch: int, side: int, channels: int) -> dict[str, _measure.Program
 
     for name, kwargs in {
         "FixedPoint, to the last digits": {},
-        "FixedPoint, as of lipschitz=0.9": {"spectral_bound": 0.9, "solver": Iteration(rtol=1e-3)},
-        "FixedPoint, Unrolled(8)": {"adjoint": Unrolled(8)},
+        "FixedPoint, as of lipschitz=0.9": {"spectral_bound": 0.9, "solver": Picard(rtol=1e-3)},
+        "FixedPoint, UnrolledAdjoint(8)": {"adjoint": UnrolledAdjoint(8)},
     }.items():
         f, W = network(**kwargs)
         made[name] = _measure.build(gradient(f), W, u)

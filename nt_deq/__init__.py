@@ -18,15 +18,25 @@ if TYPE_CHECKING:
     from nt_deq._bridges import enable_x64
     from nt_deq.activations import Activation
     from nt_deq.errors import NoEquilibriumError, NotConvergedError, NotPositiveDefiniteError
-    from nt_deq.fixed_point.adjoints import Implicit, Phantom, Unrolled
-    from nt_deq.fixed_point.equilibrium import adjoint_solution, equilibrium, find_equilibrium
-    from nt_deq.fixed_point.stability import jacobian_regularization, spectral_radius
-    from nt_deq.iterations import SampleSolution
+    from nt_deq.fixed_point import (
+        Anderson,
+        Broyden,
+        ImplicitAdjoint,
+        Newton,
+        PhantomAdjoint,
+        Picard,
+        Solution,
+        UnrolledAdjoint,
+        adjoint_solution,
+        equilibrium,
+        find_equilibrium,
+        jacobian_regularization,
+        spectral_radius,
+    )
     from nt_deq.kernels.dense import KernelSolution, deq_kernel
     from nt_deq.kernels.series import Chebyshev
     from nt_deq.networks import deq_network
     from nt_deq.regression import KernelClassifier, KernelRegression
-    from nt_deq.solvers import Anderson, Newton, Picard
 
     __version__: str
 
@@ -35,21 +45,31 @@ _bridges.install()
 _HOMES = {
     "nt_deq._bridges": ("enable_x64",),
     "nt_deq.activations": ("Activation",),
-    "nt_deq.fixed_point.adjoints": ("Implicit", "Phantom", "Unrolled"),
-    "nt_deq.fixed_point.equilibrium": ("adjoint_solution", "equilibrium", "find_equilibrium"),
     "nt_deq.errors": ("NoEquilibriumError", "NotConvergedError", "NotPositiveDefiniteError"),
-    "nt_deq.iterations": ("SampleSolution",),
-    "nt_deq.fixed_point.stability": ("jacobian_regularization", "spectral_radius"),
+    "nt_deq.fixed_point": (
+        "Anderson",
+        "Broyden",
+        "ImplicitAdjoint",
+        "Newton",
+        "PhantomAdjoint",
+        "Picard",
+        "Solution",
+        "UnrolledAdjoint",
+        "adjoint_solution",
+        "equilibrium",
+        "find_equilibrium",
+        "jacobian_regularization",
+        "spectral_radius",
+    ),
     "nt_deq.kernels.dense": ("KernelSolution", "deq_kernel"),
     "nt_deq.kernels.series": ("Chebyshev",),
     "nt_deq.networks": ("deq_network",),
     "nt_deq.regression": ("KernelClassifier", "KernelRegression"),
-    "nt_deq.solvers": ("Anderson", "Newton", "Picard"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = {
     name: f"nt_deq.{name}"
-    for name in ("activations", "flax", "gp", "iterations", "regression", "stax", "theory")
+    for name in ("activations", "fixed_point", "flax", "gp", "regression", "stax", "theory")
 }
 _MODULES["nt"] = "neural_tangents"
 

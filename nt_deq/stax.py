@@ -2,13 +2,15 @@
 
 Everything that `neural_tangents.stax` exports is here too, so that one import changes:
 `from nt_deq import stax`. `Relu`, `LeakyRelu`, `Abs` and `ABRelu` compute the same functions with
-kernels that are exact, and differentiable, where an input meets itself.
+kernels that are exact, and differentiable, where an input meets itself; matrix products within a
+`kernel_fn` have full precision on every platform.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import jax
@@ -19,13 +21,16 @@ from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildca
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation, piecewise_linear
-from nt_deq.fixed_point.equilibrium import equilibrium
-from nt_deq.kernels import cell as _cells
-from nt_deq.kernels.dense import get_solver, raise_unless_converged
+from nt_deq.errors import ArgumentError
+from nt_deq.fixed_point.newton import Newton
+from nt_deq.fixed_point.solve import equilibrium
+from nt_deq.fixed_point.solver import Solver, check_solver
+from nt_deq.kernels.cell import large_rates, solve_cell, unreversed
+from nt_deq.kernels.check_cell import check_gaussian, check_no_bypass, check_shape
+from nt_deq.kernels.dense import Injection, dense_solver, solve_equilibrium
+from nt_deq.kernels.diagnosis import raise_unless_cell_solved, raise_unless_solved
 from nt_deq.kernels.nonlinearity import apply_dual
-from nt_deq.kernels.pairs import Injection, solve_equilibrium
 from nt_deq.kernels.series import Chebyshev
-from nt_deq.solvers import Solver
 
 __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
     "DEQ",
@@ -36,6 +41,35 @@ __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
 _MASKED: Any = _nt_stax.MaskedArray  # typed as a class without fields
 
 
+def _full_precision(fn: Callable) -> Callable:
+    """Makes the products in a function exact: a TPU's default keeps 8 bits."""
+
+    @wraps(fn)
+    def wrapped(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return fn(*args, **kwargs)
+
+    return wrapped
+
+
+def _with_exact_kernel(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer whose `kernel_fn` has full precision, that of `x·xᵀ` included."""
+
+    @wraps(make)
+    def wrapped(*args, **kwargs):
+        init_fn, apply_fn, kernel_fn = make(*args, **kwargs)
+        return init_fn, apply_fn, _full_precision(kernel_fn)
+
+    return wrapped
+
+
+for _name, _make in vars(_nt_stax).items():
+    _combines = _name in ("serial", "parallel", "repeat")
+    if inspect.isfunction(_make) and (_name[0].isupper() or _combines):
+        globals()[_name] = _with_exact_kernel(_make)
+
+
+@_with_exact_kernel
 @_nt_stax.layer
 @_nt_stax.supports_masking(remask_kernel=True)
 def Nonlinearity(activation: str | Activation | Callable[[Array], Array]) -> Any:
@@ -92,17 +126,7 @@ def Abs(do_stabilize: bool = False) -> Any:
     return ABRelu(-1.0, 1.0, do_stabilize)
 
 
-def _full_precision(fn: Callable) -> Callable:
-    """Makes the products in neural-tangents' layers exact: a TPU's default keeps 8 bits."""
-
-    @wraps(fn)
-    def wrapped(*args, **kwargs):
-        with jax.default_matmul_precision("highest"):
-            return fn(*args, **kwargs)
-
-    return wrapped
-
-
+@_with_exact_kernel
 @_nt_stax.layer
 def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None) -> Any:
     """A layer of infinite depth, `z* = cell(z*) + inject(x)`, from any stax layers.
@@ -131,13 +155,21 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None) -> Any:
       ValueError: by `kernel_fn`, for a cell that changes the shape, does not end in a layer with
         random weights, or adds its input to its output past them.
     """
-    if solver is not None:
-        get_solver(solver)
+    check_solver(solver)
+    if isinstance(solver, Chebyshev):
+        raise ArgumentError(
+            f"solver={solver!r} is the series of stax.DEQ; pass None, nt_deq.Newton() for vectors, "
+            "or nt_deq.Anderson()."
+        )
     (cell_init, cell_apply, cell_kernel), (inject_init, inject_apply, inject_kernel) = cell, inject
     composed: Any = _nt_stax.serial(inject, cell, cell)[2]
     requirements = composed.input_req
     batch_axis = requirements.get("batch_axis", 0)
-    solve = jax.jit(partial(_cells.solve_fixed_point, cell_kernel, solver=solver))
+    solve = jax.jit(partial(solve_cell, cell_kernel, solver=solver))
+
+    @cache
+    def check_bypass(shape):  # once per shape: it runs the finite cell
+        check_no_bypass(cell_init, cell_apply, shape)
 
     def layer(z, args):
         params, u, mask, kwargs = args
@@ -150,7 +182,7 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None) -> Any:
         rng_cell, rng_inject = random.split(rng)
         shape, inject_params = inject_init(rng_inject, input_shape, **kwargs)
         cell_shape, cell_params = cell_init(rng_cell, shape, **kwargs)
-        _cells.check_shape(cell_shape, shape)
+        check_shape(cell_shape, shape)
         return shape, (cell_params, inject_params)
 
     @_full_precision
@@ -165,19 +197,20 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None) -> Any:
         return _MASKED(z, mask) if masked else z
 
     @_nt_stax.requires(**requirements)
-    @_full_precision
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
         if kwargs.get("pattern") is not None:
             raise NotImplementedError("FixedPoint does not take the `pattern` of stax.Aggregate.")
-        u = _cells.unreversed(inject_kernel(k, **kwargs))
-        _cells.check_cell(cell, u)
-        z, rates, _ = solve(u)
-        _cells.raise_unless_converged(*rates)
+        u = unreversed(inject_kernel(k, **kwargs))
+        check_gaussian(cell_kernel, u)
+        check_bypass((*u.shape1[:batch_axis], 2, *u.shape1[batch_axis + 1 :]))
+        z, *outcome = solve(u)
+        raise_unless_cell_solved(*outcome, lambda: large_rates(cell_kernel, u))
         return z
 
     return init_fn, apply_fn, kernel_fn
 
 
+@_with_exact_kernel
 @_nt_stax.layer
 def DEQ(
     width: int,
@@ -221,11 +254,12 @@ def DEQ(
     _checks.count("width", width)
     _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=0.0 if b_std is None else b_std)
     phi = get_activation(activation)
-    method = get_solver(solver, phi)
+    method = dense_solver(solver, phi)
     # neural-tangents types a kernel as any tree of kernels.
     dense: Any = partial(_nt_stax.Dense, width, parameterization=parameterization)
     hidden, inject, nonlinearity = dense(W_std), dense(U_std, b_std), Nonlinearity(phi)
-    elsewhere = None if isinstance(method, Chebyshev) else solver  # on images and masks
+    # On images and masks, where entries may be coupled.
+    elsewhere = None if isinstance(method, Newton) else solver
     fixed_point = FixedPoint(_nt_stax.serial(nonlinearity, hidden), inject, elsewhere)
     composed_init, composed_apply, composed_kernel = _nt_stax.serial(fixed_point, nonlinearity)
 
@@ -238,7 +272,6 @@ def DEQ(
         return composed_apply(((((), hidden), inject), ()), inputs, **kwargs)
 
     @_nt_stax.requires(batch_axis=0, channel_axis=-1, diagonal_spatial=_nt_stax.Diagonal())
-    @_full_precision
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
         if len(k.shape1) != 2 or k.mask1 is not None or k.mask2 is not None:
             return composed_kernel(k, **kwargs)
@@ -246,7 +279,7 @@ def DEQ(
         W_var = jnp.square(jnp.asarray(W_std, u.nngp.dtype))
         solution = solve_equilibrium(phi, method, W_var, Injection(u.cov1, u.cov2, u.nngp))
         converged = jnp.isfinite(solution.dual)
-        raise_unless_converged(phi, method, W_std, converged, *solution[:2])
+        raise_unless_solved(phi, method, W_std, converged, *solution[:2])
         out = u.replace(
             cov1=solution.marginals1.dual,
             cov2=None if u.cov2 is None else solution.marginals2.dual,

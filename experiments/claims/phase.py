@@ -23,14 +23,13 @@ from jax import Array
 from scipy import optimize
 
 import nt_deq
-from nt_deq import theory
+from nt_deq import Picard, theory
 from experiments.lib import launch, report
 from experiments.lib.launch import flag
 from experiments.lib.random_networks import ACTIVATIONS, FEATURES, tied_layer
 from experiments.lib.workdir import Workdir
 from nt_deq._bridges import enable_x64
 from nt_deq._progress import progress_bar
-from nt_deq.iterations import Iteration
 
 LARGEST = 2.0  # of the W_std that are tried
 MAX_STEPS = 1000
@@ -55,7 +54,7 @@ def _solve(W: Array, injected: Array, activation: str) -> tuple[Array, Array]:
     """Whether `z ← φ(z) W + injected` comes to rest from 0, and its Jacobian at the first input."""
     layer, args = tied_layer(activation), (W, injected)
     found = nt_deq.find_equilibrium(
-        layer, jnp.zeros_like(injected), args, solver=Iteration(TOLERANCE), max_steps=MAX_STEPS
+        layer, jnp.zeros_like(injected), args, solver=Picard(TOLERANCE, max_steps=MAX_STEPS)
     )
     jacobian = jax.jacobian(lambda z: layer(z, (W, injected[0])))(found.value[0])
     return found.converged.all(), jacobian

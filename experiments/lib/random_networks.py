@@ -97,7 +97,9 @@ def _draw(keys, x, W_std, U_std, *, width, activation, depths):
 
         z = jnp.zeros_like(args[1])
         if not depths:
-            found = nt_deq.find_equilibrium(layer, z, args, max_steps=MAX_STEPS)
+            found = nt_deq.find_equilibrium(
+                layer, z, args, solver=nt_deq.Picard(max_steps=MAX_STEPS)
+            )
             return results(found.value, found.converged.all())
         parts = []
         for layers in np.diff(depths, prepend=0):

@@ -44,7 +44,7 @@ from flax import nnx
 from jax import Array
 from optax import Schedule
 
-from nt_deq import NoEquilibriumError
+from nt_deq import NoEquilibriumError, Picard
 from experiments.lib import launch
 from experiments.lib.data import Dataset, DataSettings, load
 from experiments.lib.launch import flag
@@ -58,8 +58,6 @@ from experiments.train.checkpoints import Run
 from nt_deq._progress import progress_bar
 from nt_deq.activations import ACTIVATIONS
 from nt_deq.errors import InputError
-from nt_deq.fixed_point.adjoints import MAX_STEPS
-from nt_deq.iterations import Iteration
 
 INPUTS = "inputs.json"  # what an image has to look like, and the names of the classes
 CHUNK = 8  # steps between two looks at whether all is finite
@@ -262,7 +260,7 @@ def make_classifier(settings: Settings, shape: tuple[int, ...], classes: int) ->
     architecture = Architecture(settings.W_std, settings.U_std, settings.b_std, settings.activation)
     options: dict[str, Any] = {
         "rngs": nnx.Rngs(settings.seed),
-        "solver": Iteration(rtol=settings.rtol),
+        "solver": Picard(rtol=settings.rtol),
         "lipschitz": settings.lipschitz or None,
     }
     try:
@@ -324,7 +322,7 @@ def _check(finite: bool, settings: Settings, step: int, where: str) -> None:
             )
         raise TrainingError(
             f"step {step} of {settings.steps}: the loss of {where}, or its gradient, is NaN or "
-            f"infinite: the network has no equilibrium that {MAX_STEPS} layers reach, or training "
+            f"infinite: the network has no equilibrium that the solver reaches, or training "
             f"diverged; take {remedy}, and another --workdir."
         )
 

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
                 solution = nt_deq.deq_kernel(tile_x1, tile_x2, **options)
                 out[rows, columns] = getattr(solution, args.get)
                 steps = max(steps, int(solution.steps))
-                bound = max(bound, float(solution.error_bound.max()))
+                bound = max(bound, float(solution.nngp_error.max()))
             else:
                 tile = np.asarray(compiled(tile_x1, tile_x2, args.get))
                 if not np.isfinite(tile).all():

@@ -1,19 +1,14 @@
-"""How the equilibrium of a finite network is differentiated, in forward and in reverse mode.
-
-With `J = ∂f/∂z` at `z* = f(z*, θ)`, the implicit function theorem gives
-`dz* = (I - J)⁻¹ ∂f/∂θ dθ` (Bai et al. 2019, "Deep Equilibrium Models", thm. 1).
-"""
+"""How the equilibrium of a finite network is differentiated, in forward and in reverse mode."""
 
 from __future__ import annotations
 
 import abc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -21,10 +16,9 @@ from jax import Array, lax
 from nt_deq import _checks
 from nt_deq.convolution import with_fast_transposes
 from nt_deq.errors import ArgumentError
-from nt_deq.iterations import FixedPointSolver, Iteration, SampleSolution, run
-from nt_deq.iterations.iteration import sample_norm, spread
-
-MAX_STEPS = 1000
+from nt_deq.fixed_point.implicit import implicit_vectors, keep, solve_linear
+from nt_deq.fixed_point.picard import Picard
+from nt_deq.fixed_point.solver import Solution, Solver, check_solver, network_rounding, norm
 
 OnFailure = Literal["raise", "nan", "best"] | None
 """What becomes of a sample without an equilibrium: see `equilibrium`."""
@@ -41,10 +35,10 @@ class Adjoint(abc.ABC):
         layer: Layer,
         z0: Array,
         args: Any,
-        find: Callable[[], SampleSolution],
-        solver: FixedPointSolver,
+        find: Callable[[], Solution],
+        solver: Solver,
         on_failure: OnFailure,
-    ) -> SampleSolution:
+    ) -> Solution:
         """Solves `z = layer(z, args)`, `(batch, size)`, with a derivative in `args`.
 
         `find` runs the solver from `z0`, not differentiated. `on_failure` is of what the
@@ -53,84 +47,60 @@ class Adjoint(abc.ABC):
 
 
 @dataclass(frozen=True)
-class Implicit(Adjoint):
+class ImplicitAdjoint(Adjoint):
     """The implicit function theorem: the exact derivative, of every order.
 
-    The layer is linearised once, at the equilibrium, and `(I - J) t = b` or its transpose is solved
-    by an iteration that costs as much a step as the layer, and without acceleration takes about as
-    many steps. Memory does not grow with the number of steps. Where the linear solve fails, as at
-    an unstable equilibrium, the derivative is NaN, or what `on_failure` says;
-    `adjoint_solution` says how the solve went.
+    With `J = ∂f/∂z` at `z* = f(z*, θ)`, `dz* = (I - J)⁻¹ ∂f/∂θ dθ` (Bai et al. 2019, "Deep
+    Equilibrium Models", thm. 1). The layer is linearised once, at the equilibrium, and
+    `(I - J) t = b` or its transpose is solved by an iteration that costs as much per step as the
+    layer, and without acceleration takes about as many steps. Memory does not grow with the number
+    of steps. Where the linear solve fails, as at an unstable equilibrium, the derivative is NaN, or
+    what `on_failure` says; `adjoint_solution` says how the solve went.
 
     Attributes:
-      solver: of the linear equation, `nt_deq.iterations` or optimistix's (whose Newton's method
-        forms the matrix). `None` is the solver of the equilibrium, with its tolerance.
-      max_steps: after so many steps it has failed.
+      solver: of the linear equation. `None` is the solver of the equilibrium, with its tolerance.
     """
 
-    solver: FixedPointSolver | None = None
-    max_steps: int = MAX_STEPS
+    solver: Solver | None = None
 
     def __post_init__(self):
-        _checks.count("max_steps", self.max_steps)
+        check_solver(self.solver)
 
     def solve(self, layer, z0, args, find, solver, on_failure):
         """What the solver finds, with the derivative of an equilibrium."""
         del z0
-        linear = self if self.solver is not None else replace(self, solver=solver)
         solution = find()
-        return solution._replace(
-            value=_implicit(layer, linear, on_failure, solution.value, args),
+        linear = partial(_solve_linear, self.solver or solver, on_failure)
+        value = implicit_vectors(with_fast_transposes(layer), linear, solution.value, args)
+        return solution._replace(value=value)
+
+
+def _solve_linear(solver, on_failure, matvec, b):
+    solution = solve_linear(solver, matvec, b, network_rounding(b.dtype))
+    if on_failure == "best":
+        return solution.value
+    value = solution.value
+    if on_failure == "raise":
+        import equinox
+
+        message = (
+            "the equilibrium was reached, and the backward solve, t = J t + b with the layer's "
+            f"Jacobian J there, has not converged in {solver.max_steps} steps: it may be unstable "
+            "(nt_deq.spectral_radius tells), or adjoint=nt_deq.ImplicitAdjoint(solver) needs "
+            "another solver or more max_steps."
         )
-
-    def solve_linear(self, matvec: Callable[[Array], Array], b: Array) -> SampleSolution:
-        """Solves `matvec(t) = t - J t = b` for `t`: the iteration is the layer's, linearised."""
-        solver = Iteration() if self.solver is None else self.solver
-        return run(lambda t, b: b + t - matvec(t), b, b, solver, self.max_steps)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _implicit(layer, adjoint, on_failure, z, args):
-    """`z`, with the derivative that `z = layer(z, args)` gives it."""
-    del layer, adjoint, on_failure, args
-    return z
-
-
-@_implicit.defjvp
-def _implicit_jvp(layer, adjoint, on_failure, primals, tangents):
-    z, args = primals
-    # So that higher derivatives are right too:
-    z = _implicit(layer, adjoint, on_failure, z, args)
-    fast = with_fast_transposes(layer)
-    _, d_layer = jax.jvp(lambda args: fast(z, args), (args,), (tangents[1],))
-    _, jacobian = jax.linearize(lambda z: fast(z, args), z)
-
-    def solve(matvec, b):
-        solution = adjoint.solve_linear(matvec, b)
-        if on_failure == "best":
-            return solution.value
-        value, converged = solution.value, solution.converged
-        if on_failure == "raise":
-            message = (
-                "the equilibrium was reached, and the backward solve, t = J t + b with the layer's "
-                f"Jacobian J there, has not converged in {adjoint.max_steps} steps: it may be "
-                "unstable (nt_deq.spectral_radius tells), or adjoint=nt_deq.Implicit(solver, "
-                "max_steps) needs another solver or more steps."
-            )
-            value = eqx.error_if(value, ~jnp.all(converged), message)
-        return jnp.where(spread(converged, b), value, jnp.nan)
-
-    return z, lax.custom_linear_solve(lambda t: t - jacobian(t), d_layer, solve, solve)
+        value = equinox.error_if(value, ~jnp.all(solution.converged), message)
+    return keep(solution.converged, value)
 
 
 @dataclass(frozen=True)
-class Phantom(Adjoint):
+class PhantomAdjoint(Adjoint):
     """The phantom gradient: the derivative of a few damped steps from the equilibrium.
 
     Geng et al. 2021, "On Training Implicit Models", eq. 11 (their λ is `1 - damping`). An
     approximation, `dz* ≈ Σₖ Pᵏ (1 - damping) ∂f/∂θ dθ` with `P = damping I + (1 - damping) J`,
-    `k < steps`: cheap, defined at any `z`, and biased. `Phantom(1, 0.0)` is the Jacobian-free
-    gradient of Fung et al. 2022. The value is the equilibrium, whatever `steps`.
+    `k < steps`: cheap, defined at any `z`, and biased. `PhantomAdjoint(1, 0.0)` is the
+    Jacobian-free gradient of Fung et al. 2022. The value is the equilibrium, whatever `steps`.
 
     Attributes:
       steps: how many; memory grows with them.
@@ -142,7 +112,7 @@ class Phantom(Adjoint):
 
     def __post_init__(self):
         _checks.count("steps", self.steps)
-        Iteration(damping=self.damping)
+        Picard(damping=self.damping)
 
     def solve(self, layer, z0, args, find, solver, on_failure):
         """What the solver finds, with the derivative of the steps from there."""
@@ -154,12 +124,12 @@ class Phantom(Adjoint):
 
 
 @dataclass(frozen=True)
-class Unrolled(Adjoint):
+class UnrolledAdjoint(Adjoint):
     """Backpropagation through `steps` steps of plain iteration, from the first to the last.
 
     A network of finite depth with tied weights, for its own sake or for comparison: the value is
     the last iterate, at an equilibrium or not, and `residual` says how far from one. Damped where
-    the solver is `Iteration(damping=...)`. Reverse mode keeps `2 √steps` states and recomputes the
+    the solver is `Picard(damping=...)`. Reverse mode keeps `2 √steps` states and recomputes the
     steps between them once.
 
     Attributes:
@@ -174,10 +144,10 @@ class Unrolled(Adjoint):
     def solve(self, layer, z0, args, find, solver, on_failure):
         """The last iterate."""
         del find, on_failure
-        if type(solver) is not Iteration:
+        if type(solver) is not Picard:
             raise ArgumentError(
-                f"Unrolled differentiates plain iteration, and the solver is {solver}: pass an "
-                "Iteration (or None), or another adjoint."
+                f"UnrolledAdjoint differentiates plain iteration, and the solver is {solver}: pass "
+                "a Picard (or None), or another adjoint."
             )
         inner = math.isqrt(self.steps)
 
@@ -189,8 +159,8 @@ class Unrolled(Adjoint):
         z = lax.scan(lambda z, _: (several(z, args), None), z0, length=outer)[0]
         z = _repeat(layer, solver.damping, rest, z, args)
         last, args = lax.stop_gradient((z, args))
-        residual = sample_norm(layer(last, args) - last)
-        return SampleSolution(z, jnp.asarray(self.steps), residual, jnp.isfinite(sample_norm(last)))
+        residual = norm(layer(last, args) - last)
+        return Solution(z, jnp.asarray(self.steps), residual, jnp.isfinite(norm(last)))
 
 
 def check_on_failure(on_failure: OnFailure) -> None:

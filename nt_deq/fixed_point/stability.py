@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from nt_deq import _checks
 from nt_deq.errors import ArgumentError
-from nt_deq.iterations.iteration import dot, sample_norm, spread
+from nt_deq.fixed_point.solver import norm
 
 
 def spectral_radius(
@@ -40,8 +40,9 @@ def spectral_radius(
 
     def product(v, _):
         v = jacobian(v)
-        norm = sample_norm(v)
-        return v / spread(jnp.where(norm > 0, norm, 1), v), jnp.log(norm)
+        size = norm(v.reshape(len(v), -1))
+        unit = jnp.where(size > 0, size, 1).reshape(-1, *[1] * (v.ndim - 1))
+        return v / unit, jnp.log(size)
 
     _, growth = lax.scan(product, jax.random.normal(key, z.shape, z.dtype), length=steps)
     return jnp.exp(jnp.mean(growth[steps // 2 :], axis=0))
@@ -70,6 +71,6 @@ def jacobian_regularization(
 
     def square(key):
         v = transpose(jax.random.normal(key, z.shape, z.dtype))[0]
-        return jnp.mean(dot(v, v)) / (z.size // z.shape[0])
+        return jnp.mean(v * v)
 
     return jnp.mean(jax.vmap(square)(jax.random.split(key, samples)))

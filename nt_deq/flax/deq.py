@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -19,10 +19,16 @@ from jax.typing import DTypeLike
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
 from nt_deq.errors import ArgumentError, NoEquilibriumError
-from nt_deq.fixed_point.adjoints import MAX_STEPS, Adjoint, OnFailure, Phantom, check_on_failure
-from nt_deq.fixed_point.equilibrium import at_precision, find_equilibrium, outcome
+from nt_deq.fixed_point.adjoints import (
+    Adjoint,
+    OnFailure,
+    PhantomAdjoint,
+    check_on_failure,
+)
+from nt_deq.fixed_point.picard import Picard
+from nt_deq.fixed_point.solve import at_precision, find_equilibrium, outcome
+from nt_deq.fixed_point.solver import Solution, Solver, at_least_single, check_solver
 from nt_deq.flax.layers import Conv, Dense, normalize
-from nt_deq.iterations import FixedPointSolver, Iteration, SampleSolution
 
 TRAINING_RTOL = 1e-3
 
@@ -42,11 +48,10 @@ class FixedPoint(nnx.Module):
       cell: what is iterated, `z -> z`, `(batch, ...)`, each sample on its own; for example
         `nnx.Sequential(nnx.relu, Conv(64, 64, (3, 3), W_std=0.9, rngs=rngs))`.
       inject: what the input goes through, once, `x -> u`, of the shape of `z`.
-      solver: what finds `z*`: one of `nt_deq.iterations`, or an optimistix fixed-point solver or
-        root finder. `None` is plain iteration of each sample to the last digits.
-      adjoint: how `z*` is differentiated: `nt_deq.Implicit(...)`, which is what `None` means,
-        `Phantom(...)` or `Unrolled(...)`.
-      max_steps: after so many steps a sample has not converged.
+      solver: what finds `z*`: `nt_deq.Picard`, `Anderson` or `Broyden`, with the tolerance and the
+        number of steps. `None` is plain iteration of each sample to the last digits.
+      adjoint: how `z*` is differentiated: `nt_deq.ImplicitAdjoint(...)`, which is what `None`
+        means, `PhantomAdjoint(...)` or `UnrolledAdjoint(...)`.
       on_failure: what becomes of a sample without an equilibrium, `'raise'`, `'nan'`, `'best'` or
         `None`, as of `nt_deq.equilibrium`.
     """
@@ -56,9 +61,8 @@ class FixedPoint(nnx.Module):
         cell: nnx.Module,
         inject: Callable[[Array], Array],
         *,
-        solver: FixedPointSolver | None = None,
+        solver: Solver | None = None,
         adjoint: Adjoint | None = None,
-        max_steps: int = MAX_STEPS,
         on_failure: OnFailure = None,
     ):
         if not isinstance(cell, nnx.Module):
@@ -68,7 +72,8 @@ class FixedPoint(nnx.Module):
         check_on_failure(on_failure)
         self.cell: Any = cell
         self.inject = inject
-        self.solver, self.adjoint, self.max_steps = solver, adjoint, max_steps
+        check_solver(solver)
+        self.solver, self.adjoint = solver, adjoint
         self.on_failure: OnFailure = on_failure
 
     def __call__(self, x: Array, z0: Array | None = None) -> Array:
@@ -84,7 +89,7 @@ class FixedPoint(nnx.Module):
         """
         return self._outcome(self.solve(x, z0))
 
-    def solve(self, x: Array, z0: Array | None = None) -> SampleSolution:
+    def solve(self, x: Array, z0: Array | None = None) -> Solution:
         """Returns `z*` and how the search for it went, `(value, steps, residual, converged)`.
 
         Where a sample has not converged its `value` is the best iterate. Log `steps` and `residual`
@@ -92,15 +97,15 @@ class FixedPoint(nnx.Module):
         """
         layer, u, args = self._problem(x)
         z0 = jnp.zeros_like(u) if z0 is None else z0
-        return self._find(layer, z0, args, self.adjoint, self.max_steps)
+        return self._find(layer, z0, args, self._solver, self.adjoint)
 
-    def output(self, solution: SampleSolution) -> Array:
+    def output(self, solution: Solution) -> Array:
         """Returns what the layer makes of a solution: `z*`, or what `on_failure` says."""
         return self._outcome(solution)
 
     def trajectory(
         self, x: Array, steps: Sequence[int], z0: Array | None = None
-    ) -> tuple[list[Array], SampleSolution]:
+    ) -> tuple[list[Array], Solution]:
         """Returns where the solver is after some steps, and the solution, for correction losses.
 
         A loss on the states on the way makes the solver arrive sooner (Bai et al. 2022, "Deep
@@ -109,26 +114,29 @@ class FixedPoint(nnx.Module):
 
         Args:
           x: the inputs.
-          steps: after how many steps, increasing and below `max_steps`. A solver with a memory
-            begins it anew there.
+          steps: after how many steps, increasing and below the solver's `max_steps`. A solver with
+            a memory begins it anew there.
           z0: where to start, by default zeros.
 
         Returns:
           The states `z`, one for each of `steps`, and the solution, found from the last of them.
         """
-        counts = [0, *steps, self.max_steps]
+        solver = self._solver
+        counts = [0, *steps, solver.max_steps]
         if any(a >= b for a, b in pairwise(counts)):
             raise ArgumentError(
                 f"steps={list(steps)} must increase, from at least 1 to below "
-                f"max_steps={self.max_steps}."
+                f"max_steps={solver.max_steps}."
             )
         layer, u, args = self._problem(x)
         z, states = jnp.zeros_like(u) if z0 is None else z0, []
         for before, after in pairwise(counts[:-1]):
-            found = self._find(layer, z, args, Phantom(1, 0.0), after - before)
+            part = replace(solver, max_steps=after - before)
+            found = self._find(layer, z, args, part, PhantomAdjoint(1, 0.0))
             states.append(found.value)
             z = lax.stop_gradient(found.value)
-        return states, self._find(layer, z, args, self.adjoint, self.max_steps - counts[-2])
+        rest = replace(solver, max_steps=solver.max_steps - counts[-2])
+        return states, self._find(layer, z, args, rest, self.adjoint)
 
     def step(self, z: Array, x: Array) -> Array:
         """Returns `cell(z) + inject(x)`: one layer."""
@@ -138,12 +146,15 @@ class FixedPoint(nnx.Module):
     def _problem(self, x: Array) -> tuple[_Layer, Array, tuple[Any, Array]]:
         """The layer, `u = inject(x)`, and the layer's arguments."""
         u = self.inject(x)
-        u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+        u = u.astype(at_least_single(u.dtype))
         graph, state = nnx.split(normalize(self.cell, u.shape[1:-1]))
         return _Layer(graph), u, (state, u)
 
-    def _find(self, layer, z0, args, adjoint, max_steps) -> SampleSolution:
-        solver = Iteration() if self.solver is None else self.solver
+    @property
+    def _solver(self) -> Any:
+        return Picard() if self.solver is None else self.solver
+
+    def _find(self, layer, z0, args, solver, adjoint) -> Solution:
         computed = jax.eval_shape(layer.cell, z0, args[0])
         return find_equilibrium(
             layer,
@@ -151,11 +162,10 @@ class FixedPoint(nnx.Module):
             args,
             solver=at_precision(solver, computed.dtype),
             adjoint=adjoint,
-            max_steps=max_steps,
             on_failure=self.on_failure,
         )
 
-    def _outcome(self, solution: SampleSolution) -> Array:
+    def _outcome(self, solution: Solution) -> Array:
         parameters = nnx.state(self, nnx.Param)
         return outcome(solution, self.on_failure, {"parameters": nnx.to_pure_dict(parameters)})
 
@@ -223,7 +233,6 @@ class DEQ(FixedPoint):
       solver: what finds `z*`, as of `FixedPoint`. `None` is plain iteration: to the last digits, or
         with `lipschitz` to `rtol=1e-3`, which is what training needs.
       adjoint: how it is differentiated, as of `FixedPoint`.
-      max_steps: after so many steps a sample has not converged.
       on_failure: what becomes of a sample without an equilibrium, as of `FixedPoint`.
       rngs: draws the parameters from its stream `params`.
 
@@ -247,9 +256,8 @@ class DEQ(FixedPoint):
         lipschitz: float | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
-        solver: FixedPointSolver | None = None,
+        solver: Solver | None = None,
         adjoint: Adjoint | None = None,
-        max_steps: int = MAX_STEPS,
         on_failure: OnFailure = None,
         rngs: nnx.Rngs,
     ):
@@ -259,7 +267,7 @@ class DEQ(FixedPoint):
         spectral_bound = None
         if lipschitz is not None:
             spectral_bound = _spectral_bound(lipschitz, phi)
-            solver = Iteration(rtol=TRAINING_RTOL) if solver is None else solver
+            solver = Picard(rtol=TRAINING_RTOL) if solver is None else solver
             parameterization = parameterization or "standard"
         elif not _checks.is_traced(W_std):
             _check_stability(float(W_std), phi)
@@ -290,7 +298,6 @@ class DEQ(FixedPoint):
             inject,
             solver=solver,
             adjoint=adjoint,
-            max_steps=max_steps,
             on_failure=on_failure,
         )
 
@@ -304,7 +311,7 @@ class DEQ(FixedPoint):
         """The layer with the recurrent weights `W`."""
         return self.cell.linear
 
-    def output(self, solution: SampleSolution) -> Array:
+    def output(self, solution: Solution) -> Array:
         """Returns `h* = φ(z*)` of a solution, or what `on_failure` says."""
         h = self.activation.fn(self._outcome(solution))
         return h if self.hidden.dtype is None else h.astype(self.hidden.dtype)

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from nt_deq import _checks
 from nt_deq.convolution import convolve
 from nt_deq.errors import ArgumentError
+from nt_deq.fixed_point.solver import at_least_single
 from nt_deq.flax.spectral_norm import convolution_norm, dense_norm
 
 PADDINGS = ("SAME", "CIRCULAR", "VALID")
@@ -75,7 +76,7 @@ class _Linear(nnx.Module):
         W = self.W[...]
         if self.spectral_bound is None:
             return W
-        norm = self.scale * self._norm(W.astype(_at_least_single(W.dtype)), space)
+        norm = self.scale * self._norm(W.astype(at_least_single(W.dtype)), space)
         small = norm <= self.spectral_bound
         factor = jnp.where(small, 1, self.spectral_bound / jnp.where(small, 1, norm))
         return W * factor.astype(W.dtype)
@@ -95,10 +96,6 @@ class _Linear(nnx.Module):
             return y
         b = self.b[...] if self.parameterization == "standard" else self.b_std * self.b[...]
         return y + b.astype(y.dtype)
-
-
-def _at_least_single(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 class Dense(_Linear):

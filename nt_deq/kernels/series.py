@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from nt_deq.solvers.loop import rounding
-from nt_deq.solvers.newton import Newton
+from nt_deq.fixed_point.newton import Newton
+from nt_deq.fixed_point.solver import rounding
 
 
 class Series(NamedTuple):
@@ -42,7 +42,7 @@ class Chebyshev(Newton):
     digits and 25 give 14 for every `a` from .001 to .9999.
 
     The coefficients come from Newton's method at a few dozen points within the same program, so
-    `W_std` may be traced. If what they leave out is larger than `tol` (`a` close to 0 or to 1), the
+    `W_std` may be traced. If what they leave out is larger than `rtol` (`a` near 0 or 1), the
     series is the start of Newton's method for every pair. The variances are solved by Newton's
     method. Not for other activations, nor for other layers than `stax.DEQ`.
     """
@@ -51,7 +51,7 @@ class Chebyshev(Newton):
         """Expands `α/x`, as a function of `x`, for `ω >= 0`, a scalar."""
         dtype = omega.dtype
         floor = rounding(dtype)
-        tol = 2 * floor if self.tol is None else max(self.tol, floor)
+        tol = 2 * floor if self.rtol is None else max(self.rtol, floor)
         degree = math.ceil(2 * math.log10(1 / tol))
         left = jnp.minimum(math.pi / math.sqrt(3) / omega, 2)
         right = jnp.maximum(2 * omega / (jnp.sqrt(4 + 2 * omega) + 2), 1e-3)
@@ -80,7 +80,7 @@ class Chebyshev(Newton):
           chord: `x` in [0, 2], any shape.
 
         Returns:
-          `α`, shaped like `chord`, to `tol` relative to itself, and the number of Newton's steps
+          `α`, shaped like `chord`, to `rtol` relative to itself, and the number of Newton's steps
           taken after the series: 0 unless its tail was too large.
         """
         t = jnp.log((chord + series.left) / (2 - chord + series.right))

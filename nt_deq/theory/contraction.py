@@ -11,9 +11,8 @@ from jax import Array
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
-from nt_deq.kernels.dense import deq_kernel
-from nt_deq.kernels.pairs import marginal_map
-from nt_deq.solvers import Picard
+from nt_deq.fixed_point import Picard
+from nt_deq.kernels.dense import deq_kernel, marginal_map
 
 Phi = str | Activation | Callable[[Array], Array]
 
@@ -103,7 +102,7 @@ def convergence_rate(
     variance = jnp.diagonal(k)
     W_var = jnp.asarray(W_std, x.dtype) ** 2
     by_covariance = W_var * phi.dual(variance[:, None], variance[None, :], k)[1]
-    by_variance = jnp.abs(marginal_map(phi, variance, W_var, jnp.zeros_like(variance))[1])
+    by_variance = jnp.abs(marginal_map(phi, variance, (W_var, jnp.zeros_like(variance))).slope)
     inherited = jnp.maximum(by_variance[:, None], by_variance[None, :])
     diagonal = jnp.eye(len(x), dtype=bool)
     return jnp.where(diagonal, inherited, jnp.maximum(jnp.abs(by_covariance), inherited))

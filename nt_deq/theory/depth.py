@@ -13,7 +13,7 @@ from jax import Array, lax
 from nt_deq import _checks
 from nt_deq.activations import get_activation
 from nt_deq.errors import ArgumentError
-from nt_deq.kernels.pairs import multiply
+from nt_deq.kernels.dense import multiply
 from nt_deq.theory.contraction import Phi
 
 

@@ -68,7 +68,7 @@ def test_kernel(files, monkeypatch, capsys, get, x64):
     np.testing.assert_allclose(np.load("state.npy"), getattr(solution, get), rtol=1e-12, atol=1e-12)
     printed = capsys.readouterr()
     assert f"state.npy: {get.upper()} of z*, 14 × 14, float64." in printed.out
-    assert f"an error of at most {solution.error_bound.max():.1e}" in printed.out
+    assert f"an error of at most {solution.nngp_error.max():.1e}" in printed.out
 
 
 # Nothing is imported before a command's own imports, as in pytest.

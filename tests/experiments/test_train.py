@@ -21,6 +21,7 @@ from flax import nnx
 from jax import lax
 from marks import slow_except
 
+from nt_deq import Picard
 from experiments.lib import minibatch
 from experiments.lib.data import load
 from experiments.lib.minibatch import Classifier, make_optimizer, make_schedule, shifted
@@ -31,7 +32,6 @@ from experiments.train import classifier as train
 from experiments.train import trained
 from experiments.train.classifier import Settings
 from nt_deq.errors import InputError
-from nt_deq.iterations import Iteration
 
 ROOT = Path(__file__).parents[2]
 MNIST = os.environ.get("NT_DEQ_MNIST")
@@ -115,7 +115,7 @@ def test_steps_are_those_of_the_explicit_deep_network(loss):
     data = load("digits", None, 50, 20, seed=0)
     x, labels = jnp.asarray(data.x_train, jnp.float32), jnp.asarray(data.y_train)
     batches = jnp.asarray(np.random.default_rng(1).permutation(50)[:48].reshape(3, 16))
-    network = dense(RELU, 64, 32, 10, nnx.Rngs(0), solver=Iteration(4e-6))
+    network = dense(RELU, 64, 32, 10, nnx.Rngs(0), solver=Picard(4e-6))
     optimizer = make_optimizer("sgd", make_schedule("constant", 0.3, 2, 3), 0.01)
     trainer = Classifier(network, optimizer, loss)
     trained = trainer.take_steps(trainer.init(), x, labels, batches, 3)

@@ -8,15 +8,16 @@ from flax import nnx
 from jax import random
 
 from nt_deq import (
-    Implicit,
+    Anderson,
+    ImplicitAdjoint,
     NotConvergedError,
-    Unrolled,
+    Picard,
+    UnrolledAdjoint,
     adjoint_solution,
     equilibrium,
     find_equilibrium,
 )
 from nt_deq.flax import DEQ
-from nt_deq.iterations import Anderson, Iteration
 
 
 def layer(z, args):
@@ -31,7 +32,9 @@ def problem(*slopes):
 
 
 def solve(slope, u, **kwargs):
-    return equilibrium(layer, jnp.zeros_like(u), (slope, u), max_steps=50, **kwargs)
+    return equilibrium(
+        layer, jnp.zeros_like(u), (slope, u), **{"solver": Picard(max_steps=50)} | kwargs
+    )
 
 
 @pytest.mark.smoke
@@ -69,7 +72,7 @@ def test_a_backward_solve_that_fails_is_told_apart(name, value):
     slope, u = problem(0.9)
 
     def gradient(slope):
-        adjoint = Implicit(max_steps=3)
+        adjoint = ImplicitAdjoint(Picard(max_steps=3))
         z = equilibrium(layer, 10.0 * u, (slope, u), adjoint=adjoint, **{name: value})
         return z.sum()
 
@@ -96,19 +99,19 @@ def test_the_backward_solver_follows_the_forward_one(x64):
 
     exact = jax.grad(lambda A: jnp.sum((u @ jnp.linalg.inv(jnp.eye(3) - A)) ** 2))(A)
     np.testing.assert_allclose(gradient(solver=Anderson()), exact, rtol=1e-8)
-    assert np.isnan(gradient(solver=Anderson(), adjoint=Implicit(Iteration()))).all()
-    assert not adjoint_solution(f, u, (A, u), u, Implicit(Iteration())).converged.any()
+    assert np.isnan(gradient(solver=Anderson(), adjoint=ImplicitAdjoint(Picard()))).all()
+    assert not adjoint_solution(f, u, (A, u), u, ImplicitAdjoint(Picard())).converged.any()
 
 
 def test_a_finite_depth_is_no_failure(x64):
     slope, u = problem(0.9, 2.0)
-    z = solve(slope, u, adjoint=Unrolled(12))
+    z = solve(slope, u, adjoint=UnrolledAdjoint(12))
     expected = (1 - slope**12) / (1 - slope) * u
     np.testing.assert_allclose(z, expected, rtol=1e-12)
-    found = find_equilibrium(layer, jnp.zeros_like(u), (slope, u), adjoint=Unrolled(12))
+    found = find_equilibrium(layer, jnp.zeros_like(u), (slope, u), adjoint=UnrolledAdjoint(12))
     assert found.converged.all()
     np.testing.assert_allclose(found.residual, jnp.linalg.norm(slope**12 * u, axis=1))
-    overflows = find_equilibrium(layer, u, (1e200 * slope, u), adjoint=Unrolled(12))
+    overflows = find_equilibrium(layer, u, (1e200 * slope, u), adjoint=UnrolledAdjoint(12))
     assert not overflows.converged.any()
 
 

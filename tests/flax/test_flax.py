@@ -12,16 +12,18 @@ from marks import slow_except
 
 import nt_deq
 from nt_deq import (
-    Implicit,
+    Anderson,
+    Broyden,
+    ImplicitAdjoint,
     NoEquilibriumError,
     NotConvergedError,
-    Unrolled,
+    Picard,
+    UnrolledAdjoint,
     jacobian_regularization,
     spectral_radius,
     stax,
 )
 from nt_deq.flax import DEQ, Conv, Dense, FixedPoint, from_stax, functional, to_stax
-from nt_deq.iterations import Anderson, Broyden, Iteration
 
 
 class Network(nnx.Module):
@@ -257,10 +259,10 @@ def test_any_cell_with_any_solver_and_adjoint():
     found = {}
     for solver, adjoint in (
         (None, None),
-        (Anderson(window=2), Implicit(Broyden())),
-        (Iteration(damping=0.1), Unrolled(60)),
+        (Anderson(window=2), ImplicitAdjoint(Broyden())),
+        (Picard(damping=0.1), UnrolledAdjoint(60)),
     ):
-        network = FixedPoint(cell, inject, solver=solver, adjoint=adjoint, max_steps=100)
+        network = FixedPoint(cell, inject, solver=solver, adjoint=adjoint)
         z = network(x)
         np.testing.assert_allclose(network.step(z, x), z, atol=1e-5)
         loss, gradient = nnx.value_and_grad(lambda n: jnp.sum(n(x) ** 2))(network)
@@ -346,7 +348,7 @@ def spectral_network(lipschitz=None, **kwargs):
 def test_lipschitz_keeps_the_layer_a_contraction(x64, activation):
     """However large its weights: and where they are small it changes nothing."""
     x, lipschitz = inputs(3), 0.9
-    deq = spectral_network(lipschitz, activation=activation, solver=Iteration())
+    deq = spectral_network(lipschitz, activation=activation, solver=Picard())
     for scale in (1.0, 50.0, 1e6):
         deq.hidden.W = nnx.Param(scale * deq.hidden.W[...])
         jacobian = jax.jacobian(lambda z: deq.step(z[None], x[:1])[0])
@@ -364,7 +366,7 @@ def test_lipschitz_keeps_the_layer_a_contraction(x64, activation):
 def test_lipschitz_is_differentiated(x64):
     """By the weights that it scales, through the equilibrium and the norm."""
     x = inputs(3)
-    graph, params = nnx.split(spectral_network(0.9, solver=Iteration(), activation="erf"))
+    graph, params = nnx.split(spectral_network(0.9, solver=Picard(), activation="erf"))
     direction = jax.tree.map(jnp.cos, params)
 
     @jax.jit

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from nt_deq import Unrolled
+from nt_deq import UnrolledAdjoint
 from nt_deq.flax import DEQ
 
 BATCH, N_TRAIN = 64, 1437
@@ -85,7 +85,7 @@ def test_an_ordinary_script_reaches_90_per_cent(seed):
 @pytest.mark.slow
 def test_it_takes_at_most_three_times_as_long_as_eight_layers():
     *_, implicit = train(24, 4, W_std=0.7, lipschitz=0.9)
-    *_, layers = train(24, 4, W_std=0.7, parameterization="standard", adjoint=Unrolled(8))
+    *_, layers = train(24, 4, W_std=0.7, parameterization="standard", adjoint=UnrolledAdjoint(8))
     assert implicit < 3 * layers
 
 

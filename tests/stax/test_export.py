@@ -10,7 +10,7 @@ from flax import nnx
 from jax import export, random
 
 import nt_deq
-from nt_deq import Anderson, Implicit, Newton, Picard, iterations, stax
+from nt_deq import Anderson, Broyden, ImplicitAdjoint, Newton, Picard, stax
 from nt_deq.activations import ACTIVATIONS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -90,8 +90,8 @@ def test_the_finite_network_and_one_step_of_training():
 
 def test_a_convolutional_network_with_accelerated_solvers():
     deq = nt_deq.flax.DEQ(
-        3, 4, W_std=0.5, kernel_size=(3, 3), solver=iterations.Anderson(window=2),
-        adjoint=Implicit(iterations.Broyden(terms=2)), rngs=nnx.Rngs(0),
+        3, 4, W_std=0.5, kernel_size=(3, 3), solver=Anderson(window=2),
+        adjoint=ImplicitAdjoint(Broyden(terms=2)), rngs=nnx.Rngs(0),
     )  # fmt: skip
     module_fn, state = nt_deq.flax.functional(deq)
     leaves, tree = jax.tree.flatten(state)

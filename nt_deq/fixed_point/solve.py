@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +14,23 @@ from jax import Array, lax
 
 from nt_deq import _checks
 from nt_deq.errors import ArgumentError, NotConvergedError
-from nt_deq.fixed_point.adjoints import MAX_STEPS, Adjoint, Implicit, OnFailure, check_on_failure
-from nt_deq.iterations import FixedPointSolver, Iteration, SampleSolution, run
-from nt_deq.iterations.iteration import default_rtol, spread
+from nt_deq.fixed_point.adjoints import (
+    Adjoint,
+    ImplicitAdjoint,
+    OnFailure,
+    check_on_failure,
+)
+from nt_deq.fixed_point.implicit import keep, solve_linear
+from nt_deq.fixed_point.picard import Picard
+from nt_deq.fixed_point.solver import (
+    Evaluation,
+    Solution,
+    Solver,
+    SteppingSolver,
+    at_least_single,
+    check_solver,
+    network_rounding,
+)
 
 State = Any  # a pytree of arrays (batch, ...)
 
@@ -26,9 +40,8 @@ def equilibrium(
     z0: State,
     args: Any = None,
     *,
-    solver: FixedPointSolver | None = None,
+    solver: Solver | None = None,
     adjoint: Adjoint | None = None,
-    max_steps: int = MAX_STEPS,
     on_failure: OnFailure = None,
 ) -> State:
     """Finds `z* = f(z*, args)` for every sample of a batch.
@@ -40,12 +53,11 @@ def equilibrium(
         same function object every time, and what changes in `args`.
       z0: where to start: an array `(batch, ...)` or a pytree of them, all of one dtype.
       args: a pytree; `z*` is differentiable in its arrays, and in what `f` closes over.
-      solver: how it is found: one of `nt_deq.iterations`, or an optimistix fixed-point solver or
-        root finder, which works on all samples together. It has the tolerance. `None` is
-        `nt_deq.iterations.Iteration()`: plain iteration of each sample to the last digits.
-      adjoint: how it is differentiated: `nt_deq.Implicit(...)`, which is what `None` means,
-        `Phantom(...)` or `Unrolled(...)`.
-      max_steps: after so many steps a sample has not converged.
+      solver: how it is found: `nt_deq.Picard`, `Anderson` or `Broyden`, which have the tolerance
+        and the number of steps, or `nt_deq.fixed_point.Optimistix`, which works on all samples
+        together. `None` is `nt_deq.Picard()`: plain iteration of each sample to the last digits.
+      adjoint: how it is differentiated: `nt_deq.ImplicitAdjoint(...)`, which is what `None` means,
+        `PhantomAdjoint(...)` or `UnrolledAdjoint(...)`.
       on_failure: what becomes of a sample without an equilibrium. `'raise'`: an error, also where
         the call is traced, by `equinox.error_if`. `'nan'`: it is NaN. `'best'`: its iterate with
         the smallest residual, unless nothing finite was seen. `None`: an error, and where the call
@@ -60,9 +72,7 @@ def equilibrium(
       equinox.EquinoxRuntimeError: likewise, in a traced call with `on_failure='raise'`.
       ValueError: an argument cannot be right; the message says why.
     """
-    solution = find_equilibrium(
-        f, z0, args, solver=solver, adjoint=adjoint, max_steps=max_steps, on_failure=on_failure
-    )
+    solution = find_equilibrium(f, z0, args, solver=solver, adjoint=adjoint, on_failure=on_failure)
     return outcome(solution, on_failure, {"args": args})
 
 
@@ -71,27 +81,31 @@ def find_equilibrium(
     z0: State,
     args: Any = None,
     *,
-    solver: FixedPointSolver | None = None,
+    solver: Solver | None = None,
     adjoint: Adjoint | None = None,
-    max_steps: int = MAX_STEPS,
     on_failure: OnFailure = None,
-) -> SampleSolution:
+) -> Solution:
     """As `equilibrium`, and says how it went, instead of raising an error.
 
     `on_failure` is of the backward solve alone.
 
     Returns:
-      A `SampleSolution(value, steps, residual, converged)`, with one `residual` and `converged` for
+      A `Solution(value, steps, residual, converged)`, with one `residual` and `converged` for
       each sample. Where one has not converged its value is the best iterate, differentiated as if
       it were an equilibrium.
 
     Raises:
       ValueError: an argument cannot be right; the message says why.
     """
-    solver = Iteration() if solver is None else solver
-    adjoint = Implicit() if adjoint is None else adjoint
-    _check(solver, adjoint, max_steps)
+    check_solver(solver)
     check_on_failure(on_failure)
+    solver = Picard() if solver is None else solver
+    adjoint = ImplicitAdjoint() if adjoint is None else adjoint
+    if not isinstance(adjoint, Adjoint):
+        raise ArgumentError(
+            f"adjoint={adjoint!r} must be an nt_deq.ImplicitAdjoint, PhantomAdjoint or "
+            "UnrolledAdjoint, or None."
+        )
     samples = _Samples.of(f, z0, args)
     solver = at_precision(solver, samples.leaves[0].dtype)
     # Traced values that f closes over become inputs, to be differentiated too. Where there are none
@@ -104,7 +118,7 @@ def find_equilibrium(
 
     def find():
         problem = (layer, (args, closed_over)) if closed_over else (samples, args)
-        return run(problem[0], start, lax.stop_gradient(problem[1]), solver, max_steps)
+        return _solve(solver, problem[0], start, lax.stop_gradient(problem[1]))
 
     solution = adjoint.solve(layer, start, (args, closed_over), find, solver, on_failure)
     return solution._replace(value=samples.unravel(solution.value))
@@ -115,37 +129,46 @@ def adjoint_solution(
     z: State,
     args: Any,
     cotangent: State,
-    adjoint: Implicit | None = None,
-) -> SampleSolution:
+    adjoint: ImplicitAdjoint | None = None,
+) -> Solution:
     """The linear solve of the backward pass at `z`, `t = Jᵀ t + cotangent`, and how it went.
 
-    What reverse mode does with `Implicit`, where a sample that has not converged is NaN.
+    What reverse mode does with `ImplicitAdjoint`, where a sample that has not converged is NaN.
 
     Args:
       f: the layer, as of `equilibrium`.
       z: the equilibrium.
       args: as of `equilibrium`.
       cotangent: derivative of the loss in `z`, like `z`.
-      adjoint: with the solver to use; `None` is `Implicit(Iteration())`.
+      adjoint: with the solver to use; `None` is `ImplicitAdjoint(Picard())`.
 
     Returns:
-      A `SampleSolution` of `t`; its `residual` is `|Jᵀ t + cotangent - t|`.
+      A `Solution` of `t`; its `residual` is `|Jᵀ t + cotangent - t|`.
     """
     samples = _Samples.of(f, z, args)
     _, transpose = jax.vjp(lambda z: samples(z, args), samples.ravel(z))
-    adjoint = Implicit() if adjoint is None else adjoint
-    solution = adjoint.solve_linear(lambda t: t - transpose(t)[0], samples.ravel(cotangent))
+    solver = (adjoint.solver if adjoint is not None else None) or Picard()
+    b = samples.ravel(cotangent)
+    rounding = network_rounding(b.dtype)
+    solution = solve_linear(solver, lambda t: t - transpose(t)[0], b, rounding)
     return solution._replace(value=samples.unravel(solution.value))
 
 
-def at_precision(solver: FixedPointSolver, dtype: Any) -> FixedPointSolver:
+def at_precision(solver: Solver, dtype: Any) -> Solver:
     """The solver with a tolerance that a layer computed in this dtype can reach, if it has none."""
-    if isinstance(solver, Iteration) and solver.rtol is None:
-        return replace(solver, rtol=default_rtol(dtype))
+    if isinstance(solver, SteppingSolver) and solver.rtol is None:
+        return replace(solver, rtol=network_rounding(dtype))
     return solver
 
 
-def outcome(solution: SampleSolution, on_failure: OnFailure, given: dict[str, Any]) -> State:
+@partial(jax.jit, static_argnums=(0, 1))
+def _solve(solver: Solver, layer: Callable[[Array, Any], Array], z0: Array, args: Any) -> Solution:
+    """Runs a solver; layers that are equal are compiled once."""
+    rounding = network_rounding(z0.dtype)
+    return solver.solve_vectors(lambda z, args: Evaluation(layer(z, args)), z0, args, rounding)
+
+
+def outcome(solution: Solution, on_failure: OnFailure, given: dict[str, Any]) -> State:
     """The value of a solution, and what `on_failure` says where a sample has not converged.
 
     Args:
@@ -162,7 +185,9 @@ def outcome(solution: SampleSolution, on_failure: OnFailure, given: dict[str, An
         raise NotConvergedError(_message(solution, _not_finite(given)))
     if on_failure == "raise" and traced:
         broken = [~jnp.isfinite(leaf).all() for _, leaf in _numbers(given)]
-        value = eqx.branched_error_if(
+        import equinox
+
+        value = equinox.branched_error_if(
             value,
             ~jnp.all(converged),
             jnp.any(jnp.stack(broken)).astype(int) if broken else jnp.zeros((), int),
@@ -173,7 +198,7 @@ def outcome(solution: SampleSolution, on_failure: OnFailure, given: dict[str, An
             ],
         )
     kept = jnp.isfinite(solution.residual) if on_failure == "best" else converged
-    return jax.tree.map(lambda z: jnp.where(spread(kept, z), z, jnp.nan), value)
+    return jax.tree.map(lambda z: keep(kept, z), value)
 
 
 _REMEDY = (
@@ -182,7 +207,7 @@ _REMEDY = (
 )
 
 
-def _message(solution: SampleSolution, broken: Sequence[str]) -> str:
+def _message(solution: Solution, broken: Sequence[str]) -> str:
     failed = np.flatnonzero(~np.asarray(solution.converged))
     who = f"{failed.size} of {solution.converged.size} samples (the first is row {failed[0]}"
     if broken:
@@ -216,20 +241,6 @@ def _numbers(given: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _not_finite(given: dict[str, Any]) -> list[str]:
     return [name for name, leaf in _numbers(given) if not np.isfinite(np.asarray(leaf)).all()]
-
-
-def _check(solver, adjoint, max_steps):
-    if not isinstance(solver, FixedPointSolver):
-        raise ArgumentError(
-            f"solver={solver} is not for finite networks; pass one of nt_deq.iterations "
-            "(Iteration, Anderson, Broyden), an optimistix fixed-point solver or root finder, or "
-            "None."
-        )
-    if not isinstance(adjoint, Adjoint):
-        raise ArgumentError(
-            f"adjoint={adjoint!r} must be an nt_deq.Implicit, Phantom or Unrolled, or None."
-        )
-    _checks.count("max_steps", max_steps)
 
 
 @dataclass(frozen=True)
@@ -276,7 +287,7 @@ class _Samples:
     def ravel(self, z: State) -> Array:
         flat = [jnp.reshape(leaf, (leaf.shape[0], -1)) for leaf in jax.tree.leaves(z)]
         z = jnp.concatenate(flat, axis=1)
-        return z.astype(jnp.promote_types(z.dtype, jnp.float32))
+        return z.astype(at_least_single(z.dtype))
 
     def unravel(self, z: Array) -> State:
         sizes = np.cumsum([np.prod(leaf.shape[1:], dtype=int) for leaf in self.leaves])

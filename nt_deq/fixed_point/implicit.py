@@ -1,0 +1,82 @@
+"""The derivative of a fixed point, by the implicit function theorem.
+
+With `J = ∂F/∂y` at `y* = F(y*, args)`, `dy* = (I - J)⁻¹ ∂F/∂args · d args`. The value in a rule has
+the rule's own derivative, so that derivatives of every order are right, in both modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from nt_deq.fixed_point.solver import Evaluation, Function, Solution, Solver
+
+SolveLinear = Callable[[Callable[[Array], Array], Array], Array]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def implicit_entries(fn: Function, y: Array, args: Any) -> Array:
+    """`y`, whose every number solves an equation of its own, with its derivative in `args`.
+
+    Args:
+      fn: gives the slope too, and closes over no traced value.
+      y: the root.
+      args: of `fn`.
+    """
+    del fn, args
+    return y
+
+
+@implicit_entries.defjvp
+def _implicit_entries_jvp(fn, primals, tangents):
+    y, args = primals
+    y = implicit_entries(fn, y, args)
+    found, d_found = jax.jvp(lambda *args: fn(y, *args)[:3], (args,), (tangents[1],))
+    return y, d_found[0] / (1 - found[2])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def implicit_vectors(
+    layer: Callable[[Array, Any], Array], solve_linear: SolveLinear, y: Array, args: Any
+) -> Array:
+    """`y`, whose vectors along the last axis solve `y = layer(y, args)`, with that derivative.
+
+    Args:
+      layer: closes over no traced value.
+      solve_linear: `(matvec, b) -> t` with `matvec(t) = t - J t = b`, or with `Jᵀ`.
+      y: the root.
+      args: of `layer`.
+    """
+    del layer, solve_linear, args
+    return y
+
+
+@implicit_vectors.defjvp
+def _implicit_vectors_jvp(layer, solve_linear, primals, tangents):
+    y, args = primals
+    y = implicit_vectors(layer, solve_linear, y, args)
+    _, d_layer = jax.jvp(lambda args: layer(y, args), (args,), (tangents[1],))
+    _, jacobian = jax.linearize(lambda y: layer(y, args), y)
+
+    def matvec(t):
+        return t - jacobian(t)
+
+    return y, lax.custom_linear_solve(matvec, d_layer, solve_linear, solve_linear)
+
+
+def solve_linear(
+    solver: Solver, matvec: Callable[[Array], Array], b: Array, rounding: float
+) -> Solution:
+    """Solves `matvec(t) = t - J t = b`, which is a fixed point too, from `t = b`."""
+    return solver.solve_vectors(lambda t, b: Evaluation(b + t - matvec(t)), b, b, rounding)
+
+
+def keep(converged: Array, y: Array) -> Array:
+    """`y`, and NaN where a sample has not converged."""
+    spread = converged.reshape(converged.shape + (1,) * (y.ndim - converged.ndim))
+    return jnp.where(spread, y, jnp.nan)

@@ -1,0 +1,151 @@
+"""What is wrong where an eager solve of a kernel found no equilibrium."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from nt_deq import _checks
+from nt_deq.activations import Activation
+from nt_deq.errors import ArgumentError, NoEquilibriumError, NotConvergedError
+from nt_deq.fixed_point.solver import Solver, rounding
+
+if TYPE_CHECKING:
+    from nt_deq.kernels.cell import Rates
+    from nt_deq.kernels.dense import Marginals
+
+
+def raise_unless_solved(
+    activation: Activation,
+    solver: Solver,
+    W_std: float | Array,
+    converged: Array,
+    marginals1: Marginals,
+    marginals2: Marginals,
+) -> None:
+    """Raises where an eager solve found no equilibrium; traced values pass, as NaN."""
+    if _checks.is_traced((converged, marginals1, marginals2)) or bool(jnp.all(converged)):
+        return
+    dtype = marginals1.rate.dtype
+    largest = float(jnp.finfo(dtype).max)
+    wider = "" if dtype == np.float64 else ", or compute in float64"
+    for side, marginals in (("x1", marginals1), ("x2", marginals2)):
+        missing = np.flatnonzero(~np.isfinite(np.asarray(marginals.variance)))
+        if not missing.size:
+            continue
+        row, where = missing[0], _checks.rows(side, missing)
+        rate, k = float(marginals.rate[row]), float(marginals.root.value[row])
+        if np.isnan(k):
+            raise ArgumentError(
+                f"there are NaN or infinite values in {where}; drop or impute them."
+            )
+        if np.isinf(k) and not _rate_of_large(activation, W_std, k, dtype) >= 1:
+            raise OverflowError(
+                f"the variance of {where} overflows {dtype}, whose largest number is "
+                f"{largest:.2g}; make the inputs, U_std or b_std smaller{wider}."
+            )
+        slow = not marginals.root.converged[row] and np.isfinite(k)
+        if slow and not _rate_of_large(activation, W_std, k, dtype) >= 1:
+            raise NotConvergedError(
+                f"the variance of {where} has not converged after {solver.max_steps} steps of "
+                f"{type(solver).__name__} (W_std² E[φ'(z*)²] = {rate:.6g}); allow more max_steps, "
+                "a larger rtol, or use nt_deq.Newton()."
+            )
+        if np.isnan(rate) and np.isfinite(k):
+            raise NotConvergedError(
+                f"activation={activation.name!r}: its expectations are not known in "
+                f"{dtype} at the variance K* = {k:.4g} that {where} reached; make the inputs or "
+                "U_std smaller, or take an activation with a closed form, such as 'erf'."
+            )
+        remedy = (
+            f"take W_std < {1 / np.sqrt(float(activation.dual_diagonal(jnp.ones(()))[1])):.6g}"
+            if activation.homogeneous
+            else f"take a smaller W_std (any W_std < {0.5 / activation.lipschitz:.4g} has one)"
+        )
+        raise NoEquilibriumError(
+            f"W_std={float(W_std):.6g} with activation={activation.name!r}: W_std² E[φ'(z*)²] = "
+            f"{rate:.6g} must be below 1, and is not for {where}, so the network has no stable "
+            f"equilibrium there; {remedy}."
+        )
+    failed = ~np.asarray(converged)
+    variances = (float(jnp.max(marginals.variance)) for marginals in (marginals1, marginals2))
+    if math.prod(variances) > largest:
+        raise OverflowError(
+            f"the product of two variances overflows {dtype}, whose largest number is "
+            f"{largest:.2g}, in {failed.sum()} of {failed.size} pairs; make the inputs, U_std or "
+            f"b_std smaller{wider}."
+        )
+    raise NotConvergedError(
+        f"{failed.sum()} of {failed.size} pairs have not converged after {solver.max_steps} steps "
+        f"of {type(solver).__name__}; allow more max_steps, a larger rtol, or use nt_deq.Newton()."
+    )
+
+
+def _rate_of_large(activation, W_std, k, dtype) -> float:
+    """`W_std² E[φ'²]` at a variance that is much larger than `k`, NaN where it is not known."""
+    largest = float(jnp.sqrt(jnp.finfo(dtype).max)) / 1e6
+    large = jnp.asarray(min(1e6 * k, largest), dtype)
+    return float(W_std) ** 2 * float(activation.dual_diagonal(large)[1])
+
+
+def raise_unless_cell_solved(
+    rates1: Rates,
+    rates2: Rates,
+    converged: Array,
+    steps: Array,
+    large_rates: Callable[[], tuple[Array, Array]],
+) -> None:
+    """The same of `stax.FixedPoint`.
+
+    Args:
+      rates1: of the first inputs.
+      rates2: of the second inputs.
+      converged: `(n1, n2)`, whether the solver has solved the equations of a pair.
+      steps: that it took.
+      large_rates: gives the rates of both where variances are large.
+    """
+    if _checks.is_traced((rates1, rates2, converged)):
+        return
+    for i, (side, rates) in enumerate((("x1", rates1), ("x2", rates2))):
+        rate, injected = np.asarray(rates.rate), np.asarray(rates.injected)
+        solved, dtype = np.asarray(rates.converged), rates.rate.dtype
+
+        def rows(which, side=side):
+            return _checks.rows(side, np.flatnonzero(which))
+
+        if np.isnan(injected).any():
+            raise ArgumentError(
+                f"FixedPoint: there are NaN or infinite values in {rows(np.isnan(injected))}; drop "
+                "or impute them."
+            )
+        if np.isinf(injected).any():
+            raise OverflowError(
+                f"FixedPoint: the variance of inject of {rows(np.isinf(injected))} overflows "
+                f"{dtype}; make the inputs or the weights of inject smaller."
+            )
+        gone = ~np.isfinite(np.asarray(rates.residual))
+        unstable = gone | (solved & ~(rate < 1 - rounding(dtype)))
+        if not (solved | gone).all():
+            unstable |= ~solved & ~(rate < 1) & (np.asarray(large_rates()[i]) >= 1)
+        if unstable.any():
+            raise NoEquilibriumError(
+                f"FixedPoint: the cell's kernel contracts at the rate {rate[unstable][0]:.6g}, "
+                f"which must be below 1, and is not for {rows(unstable)}: the network has no "
+                "stable equilibrium there; take a smaller W_std in the cell."
+            )
+        if not solved.all():
+            raise NotConvergedError(
+                f"FixedPoint: {rows(~solved)} did not converge in {int(rates.steps)} steps; allow "
+                "the solver more max_steps or a larger rtol."
+            )
+    failed = ~np.asarray(converged)
+    if failed.any():
+        raise NotConvergedError(
+            f"FixedPoint: {failed.sum()} of {failed.size} pairs did not converge in {int(steps)} "
+            "steps; allow the solver more max_steps or a larger rtol."
+        )
