@@ -49,18 +49,18 @@ def raise_unless_solved(
                 f"the variance of {where} overflows {dtype}, whose largest number is "
                 f"{largest:.2g}; make the inputs, U_std or b_std smaller{wider}."
             )
+        if np.isnan(rate) and np.isfinite(k):
+            raise NotConvergedError(
+                f"activation={activation.name!r}: its expectations are not known in "
+                f"{dtype} at the variance K* = {k:.4g} that {where} reached; make the inputs or "
+                "U_std smaller, or take an activation with a closed form, such as 'erf'."
+            )
         slow = not marginals.root.converged[row] and np.isfinite(k)
         if slow and not _rate_of_large(activation, W_std, k, dtype) >= 1:
             raise NotConvergedError(
                 f"the variance of {where} has not converged after {solver.max_steps} steps of "
                 f"{type(solver).__name__} (W_std² E[φ'(z*)²] = {rate:.6g}); allow more max_steps, "
                 "a larger rtol, or use nt_deq.Newton()."
-            )
-        if np.isnan(rate) and np.isfinite(k):
-            raise NotConvergedError(
-                f"activation={activation.name!r}: its expectations are not known in "
-                f"{dtype} at the variance K* = {k:.4g} that {where} reached; make the inputs or "
-                "U_std smaller, or take an activation with a closed form, such as 'erf'."
             )
         remedy = (
             f"take W_std < {1 / np.sqrt(float(activation.dual_diagonal(jnp.ones(()))[1])):.6g}"

@@ -11,7 +11,7 @@ import nt_deq
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MODULES = [
-    f"nt_deq.{name}" for name in ("activations", "flax", "gp", "gpjax", "iterations", "regression")
+    f"nt_deq.{name}" for name in ("activations", "flax", "gp", "gpjax", "fixed_point", "regression")
 ]
 MODULES += [f"nt_deq.{name}" for name in ("sklearn", "stax", "theory", "tinygp")]
 ELSEWHERE = "nt"  # neural-tangents has its own reference
