@@ -31,7 +31,8 @@ from jax.custom_derivatives import linear_call
 
 import nt_deq
 from benchmarks import _measure
-from experiments.lib.report import BLUE, GREEN, ORANGE, RED, console_table, figure_style
+from experiments.lib import report
+from experiments.lib.report import BLUE, GREEN, ORANGE, RED, figure_style
 
 try:
     import torch
@@ -315,7 +316,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         for r in rows
     ]
-    return console_table((title, *HEADER), cells)
+    return report.table((title, *HEADER), cells)
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
@@ -372,7 +373,7 @@ def main() -> None:
         cells = [
             [f"width {w}, batch {b}", *(f"{memory[n, w, b]:.1f}" for n in names)] for w, b in SIZES
         ]
-        print(console_table(["peak memory, MiB", *names], cells), end="\n\n")
+        print(report.table(["peak memory, MiB", *names], cells), end="\n\n")
     written = _measure.write("equilibrium", rows)
     draw(rows, written.with_suffix(".png"))
     print(f"{written}, and the figure beside it")

@@ -18,7 +18,7 @@ from sklearn import datasets
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from experiments.lib.report import console_table
+from experiments.lib.report import table
 from nt_deq.sklearn import DEQClassifier, DEQRegressor
 
 FOLDS, MOST = 5, 600  # rows
@@ -68,7 +68,7 @@ def main() -> None:
             score, loss, seconds = measure(x[few], y[few], arguments)
             rows.append([f"{name}, {variant}", f"{score:.3f}", f"{loss:.3f}", f"{seconds:.2f}"])
             print(rows[-1], flush=True)
-    print(console_table(("", "score", "loss", "seconds"), rows))
+    print(table(("", "score", "loss", "seconds"), rows))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from nt_deq import Picard, UnrolledAdjoint
 from benchmarks import _measure
-from experiments.lib.report import console_table
+from experiments.lib.report import table
 from nt_deq.flax import Conv, FixedPoint
 
 SIZES = ((64, 8, 32), (32, 16, 32), (128, 7, 48))  # batch, side, channels
@@ -96,7 +96,7 @@ def main() -> None:
         )
         for row in rows
     ]
-    print(console_table(header, cells))
+    print(table(header, cells))
     print(f"\nSee {_measure.write('training', rows)}.")
 
 

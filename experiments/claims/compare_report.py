@@ -12,7 +12,7 @@ from experiments.claims.compare_analysis import Comparison, rms
 from experiments.claims.compare_figure import describe
 from experiments.lib import report
 from experiments.lib.data import Dataset
-from experiments.lib.report import console_table
+from experiments.lib.report import table
 from experiments.lib.workdir import Workdir
 
 
@@ -102,7 +102,7 @@ def _claims(comparison: Comparison) -> list[report.Claim]:
 
 def console(comparison: Comparison) -> str:
     """The table of results."""
-    return console_table(_header(comparison), _rows(comparison))
+    return table(_header(comparison), _rows(comparison))
 
 
 def _header(comparison: Comparison) -> tuple[str, ...]:

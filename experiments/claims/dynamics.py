@@ -31,21 +31,21 @@ FULL = {"widths": tuple(2**i for i in range(6, 12))}
 class Settings(ensembles.Settings):
     """The flags."""
 
-    n_train: int = flag(64, "training images, drawn at random", at_least=2)
-    n_test: int = flag(200, "test images, drawn at random", at_least=1)
+    n_train: int = flag(64, "training inputs, drawn at random", at_least=2)
+    n_test: int = flag(200, "test inputs, drawn at random", at_least=1)
     widths: tuple[int, ...] = flag((64, 128, 256), "widths of the finite networks", at_least=1)
     steps: int = flag(
         32, "steps of gradient descent; the training time is learning_rate · steps", at_least=1
     )
     ntk_inputs: int = flag(
-        16, "training images between which the empirical NTK is recorded", at_least=1
+        16, "training inputs between which the empirical NTK is recorded", at_least=1
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ntk_inputs > self.n_train:
             raise InputError(
-                f"--ntk_inputs={self.ntk_inputs} is too large: they are training images, of which "
+                f"--ntk_inputs={self.ntk_inputs} is too large: they are training inputs, of which "
                 f"there are --n_train={self.n_train}."
             )
 
@@ -55,9 +55,9 @@ class Ensemble:
     """What was measured of the networks of one width.
 
     Attributes:
-      loss, closed_form_loss: `½ mean (f - y)²` on the training images, `(steps, seeds)`.
+      loss, closed_form_loss: `½ mean (f - y)²` on the training inputs, `(steps, seeds)`.
       loss_deviation: `|loss / closed_form_loss - 1|`, `(steps, seeds)`.
-      distance: RMS over held-out images and outputs from the closed form, `(steps, seeds)`.
+      distance: RMS over held-out inputs and outputs from the closed form, `(steps, seeds)`.
       ntk_drift: `‖Θₜ - Θ₀‖/‖Θ₀‖` in Frobenius norm, `(steps, seeds)`.
       ntk_error: `‖Θ₀ - Θ*‖/‖Θ*‖`, `(seeds,)`.
     """
@@ -268,17 +268,6 @@ def _tables(found: Dynamics) -> list[report.Table]:
     ]
 
 
-def _numbers(value: Any) -> Any:
-    """For JSON: dataclasses as objects, arrays as lists."""
-    if dataclasses.is_dataclass(value):
-        return _numbers(vars(value))
-    if isinstance(value, dict):
-        return {key: _numbers(v) for key, v in value.items()}
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return [_numbers(v) for v in value] if isinstance(value, list) else value
-
-
 def main(settings: Settings, workdir: Workdir) -> None:
     """Trains, measures and writes the report."""
     data, limit, networks = ensembles.train(settings, workdir, settings.ntk_inputs)
@@ -289,15 +278,15 @@ def main(settings: Settings, workdir: Workdir) -> None:
         title="Gradient descent on a wide network is that of its NTK",
         introduction="Networks of finite width are trained by full-batch gradient descent on "
         "`½ mean (f - y)²`. The closed form takes the same network's outputs before training and "
-        "the NTK `Θ*` of infinite width: on the training images `f_k - y = (I - η Θ*/(n C))^k "
-        "(f_0 - y)` after `k` steps of size `η`, in discrete steps, so that the distance is due to "
+        f"the NTK `Θ*` of infinite width: on the training {data.name_of_inputs} "
+        "`f_k - y = (I - η Θ*/(n C))^k (f_0 - y)` after `k` steps of size `η`, in discrete steps, so that the distance is due to "
         "the width alone. The empirical NTK `Θₜ` is that of one network, averaged over its "
-        f"outputs, between {settings.ntk_inputs} training images.",
+        f"outputs, between {settings.ntk_inputs} training {data.name_of_inputs}.",
         caption="Above: during training, means over networks. Below: against width; a point is a "
         "network, and the dotted line has the slope −1/2 of the leading order.",
         settings=dataclasses.asdict(settings),
         claims=_claims(found),
-        numbers={"measured": _numbers(found)},
+        numbers={"measured": found},
         tables=_tables(found),
         draw=lambda plt: _draw(found, plt),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,21 +27,26 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
 Rows = Sequence[Sequence[str]]
 
 
-def console_table(header: Sequence[str], rows: Rows) -> str:
-    """A table in columns of text: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+def table(header: Sequence[str], rows: Rows, align: str = "") -> str:
+    """A table in Markdown that reads well as text too.
+
+    Args:
+      header: one text for each column.
+      rows: as many texts each.
+      align: `l` or `r` for each column; by default the first to the left, the others to the right.
+    """
+    align = align or "l" + "r" * (len(header) - 1)
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    rule = [dashes if a == "l" else dashes[1:] + ":" for dashes, a in zip(rule, align, strict=True)]
+    sides = {"l": str.ljust, "r": str.rjust}
 
     def line(cells):
-        first, *rest = zip(cells, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1])] + [cell.rjust(width) for cell, width in rest])
+        padded = [sides[a](cell, w) for cell, a, w in zip(cells, align, widths, strict=True)]
+        return f"| {' | '.join(padded)} |"
 
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
-
-
-def markdown_table(header: Sequence[str], rows: Rows) -> str:
-    """The same as `console_table`, in Markdown."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+    return "\n".join(map(line, (lines[0], rule, *lines[1:])))
 
 
 @dataclass(frozen=True)
@@ -191,10 +195,10 @@ def write_claims(
         for c in claims
     )
     shown = "\n\n".join(
-        (f"## {table.title}\n\n" if table.title else "")
-        + (f"{table.note}\n\n" if table.note else "")
-        + markdown_table(table.header, table.rows)
-        for table in tables
+        (f"## {t.title}\n\n" if t.title else "")
+        + (f"{t.note}\n\n" if t.note else "")
+        + table(t.header, t.rows)
+        for t in tables
     )
     flags = [
         [f"`--{key}`", f"`{format_value(value)}`"]
@@ -205,22 +209,13 @@ def write_claims(
     workdir.write_text(
         "report.md",
         f"# {title}\n\n{introduction}\n\n{verdicts}\n\n![figure]({name}.png)\n\n{caption}\n\n"
-        f"{shown}\n\n## Settings\n\n{markdown_table(('flag', 'value'), flags)}\n\n"
+        f"{shown}\n\n## Settings\n\n{table(('flag', 'value'), flags)}\n\n"
         f"All numbers are in `results.json`. Versions: {used}.\n",
     )
     # Last: where it is, the others are too.
     workdir.write_json(
         "results.json",
-        {
-            "title": title,
-            "introduction": introduction,
-            "claims": [dataclasses.asdict(claim) for claim in claims],
-            "caption": caption,
-            "tables": [dataclasses.asdict(table) for table in tables],
-            "settings": settings,
-            "versions": versions(),
-            **numbers,
-        },
+        {"claims": claims, "settings": settings, "versions": versions(), **numbers},
     )
     for c in claims:
         print(f"{'holds' if c.holds else 'FAILS'}  {c.claim}\n       {c.measured}")

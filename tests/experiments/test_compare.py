@@ -19,7 +19,7 @@ from experiments.claims.compare import Settings, compare
 from experiments.lib import infinite, training
 from experiments.lib.data import load
 from experiments.lib.networks import Architecture, draw
-from experiments.lib.report import console_table, fit_power_law, markdown_table
+from experiments.lib.report import fit_power_law, table
 from experiments.lib.training import TrainingError
 from experiments.lib.workdir import Workdir
 from nt_deq.errors import InputError
@@ -343,13 +343,12 @@ def test_a_power_law_is_fitted_with_its_error():
 
 def test_tables():
     header, rows = ("a", "bb"), [["long", "1"], ["x", "22"]]
-    assert console_table(header, rows).splitlines() == [
-        "a     bb",
-        "----  --",
-        "long   1",
-        "x     22",
+    assert table(header, rows).splitlines() == [
+        "| x    |   y |",
+        "| ---- | --: |",
+        "| long |   1 |",
+        "| s    | 1.5 |",
     ]
-    assert markdown_table(header, rows).splitlines()[1:3] == ["| --- | ---: |", "| long | 1 |"]
 
 
 @pytest.mark.slow
