@@ -20,12 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nt_deq import theory
+from nt_deq import enable_x64, theory
 from experiments.lib import launch, random_networks, report
 from experiments.lib.launch import flag
 from experiments.lib.random_networks import ACTIVATIONS, CALL, output_moments, relative_error
 from experiments.lib.workdir import Workdir
-from nt_deq._bridges import enable_x64
 from nt_deq._progress import progress_bar
 from nt_deq.errors import InputError
 

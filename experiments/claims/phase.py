@@ -23,12 +23,11 @@ from jax import Array
 from scipy import optimize
 
 import nt_deq
-from nt_deq import Picard, theory
+from nt_deq import Picard, enable_x64, theory
 from experiments.lib import launch, report
 from experiments.lib.launch import flag
 from experiments.lib.random_networks import ACTIVATIONS, FEATURES, tied_layer
 from experiments.lib.workdir import Workdir
-from nt_deq._bridges import enable_x64
 from nt_deq._progress import progress_bar
 
 LARGEST = 2.0  # of the W_std that are tried

@@ -17,12 +17,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from nt_deq import theory
+from nt_deq import enable_x64, theory
 from experiments.lib import launch, random_networks, report
 from experiments.lib.launch import flag
 from experiments.lib.random_networks import ACTIVATIONS, output_kernels
 from experiments.lib.workdir import Workdir
-from nt_deq._bridges import enable_x64
 
 PUBLISHED = {  # λ_min of E[φφᵀ] of one network, by width
     "tanh": {

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nt_deq import NoEquilibriumError
+from nt_deq import NoEquilibriumError, enable_x64
 from experiments.lib import infinite, launch, training
 from experiments.lib.data import N_TEST, N_TRAIN, Dataset, DataSettings, load
 from experiments.lib.launch import flag
 from experiments.lib.networks import Architecture
 from experiments.lib.workdir import Arrays, Workdir
-from nt_deq._bridges import enable_x64
 from nt_deq._progress import progress_bar
 from nt_deq.activations import ACTIVATIONS
 from nt_deq.errors import InputError

@@ -15,10 +15,9 @@ import numpy as np
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
 
-from nt_deq import nt
+from nt_deq import enable_x64, nt
 from experiments.lib.networks import Architecture
 from experiments.lib.workdir import Arrays
-from nt_deq._bridges import enable_x64
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

@@ -18,10 +18,10 @@ import numpy as np
 from jax import Array, lax
 
 import nt_deq
+from nt_deq import enable_x64
 from experiments.lib import launch
 from experiments.lib.launch import flag
 from experiments.lib.workdir import Arrays, Workdir
-from nt_deq._bridges import enable_x64
 from nt_deq._progress import progress_bar
 from nt_deq.activations import get_activation
 from nt_deq.errors import NoEquilibriumError

@@ -344,10 +344,10 @@ def test_a_power_law_is_fitted_with_its_error():
 def test_tables():
     header, rows = ("a", "bb"), [["long", "1"], ["x", "22"]]
     assert table(header, rows).splitlines() == [
-        "| x    |   y |",
+        "| a    |  bb |",
         "| ---- | --: |",
         "| long |   1 |",
-        "| s    | 1.5 |",
+        "| x    |  22 |",
     ]
 
 
