@@ -82,8 +82,9 @@ def main(task, *args):
             f"127.0.0.1:{port}", int(count), int(process), heartbeat_timeout_seconds=10
         )
         if task == "local":  # only the first fits, on its own devices, into a store
+            devices = np.array(jax.local_devices())  # which all processes find together
             if process == "0":
-                mesh = Mesh(np.array(jax.local_devices()), ("x",))
+                mesh = Mesh(devices, ("x",))
                 save(result, fit(store=store, mesh=mesh))
                 save(result, fit(keep="memory"))
             return
