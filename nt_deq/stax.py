@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache, partial, wraps
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildca
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation, piecewise_linear
 from nt_deq.errors import ArgumentError
+from nt_deq.fixed_point.implicit import keep
 from nt_deq.fixed_point.newton import Newton
 from nt_deq.fixed_point.solve import equilibrium
 from nt_deq.fixed_point.solver import Solver, check_solver
@@ -31,6 +32,7 @@ from nt_deq.kernels.dense import Injection, dense_solver, solve_equilibrium
 from nt_deq.kernels.diagnosis import raise_unless_cell_solved, raise_unless_solved
 from nt_deq.kernels.nonlinearity import apply_dual
 from nt_deq.kernels.series import Chebyshev
+from nt_deq.typing import Layer
 
 __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
     "DEQ",
@@ -72,7 +74,7 @@ for _name, _make in vars(_nt_stax).items():
 @_with_exact_kernel
 @_nt_stax.layer
 @_nt_stax.supports_masking(remask_kernel=True)
-def Nonlinearity(activation: str | Activation | Callable[[Array], Array]) -> Any:
+def Nonlinearity(activation: str | Activation | Callable[[Array], Array]) -> Layer:
     """An elementwise nonlinearity `φ` with its exact kernel.
 
     Args:
@@ -100,7 +102,7 @@ def Nonlinearity(activation: str | Activation | Callable[[Array], Array]) -> Any
     return init_fn, apply_fn, kernel_fn
 
 
-def ABRelu(a: float, b: float, do_stabilize: bool = False) -> Any:
+def ABRelu(a: float, b: float, do_stabilize: bool = False) -> Layer:
     """`a · min(z, 0) + b · max(z, 0)`, as `neural_tangents.stax.ABRelu`.
 
     That one's NTK has an error of `√ε` where an input meets itself, and its derivatives there are
@@ -111,24 +113,24 @@ def ABRelu(a: float, b: float, do_stabilize: bool = False) -> Any:
     return Nonlinearity(piecewise_linear(f"ABRelu({a}, {b})", a, b))
 
 
-def Relu(do_stabilize: bool = False) -> Any:
+def Relu(do_stabilize: bool = False) -> Layer:
     """`max(z, 0)`: see `ABRelu`."""
     return ABRelu(0.0, 1.0, do_stabilize)
 
 
-def LeakyRelu(alpha: float, do_stabilize: bool = False) -> Any:
+def LeakyRelu(alpha: float, do_stabilize: bool = False) -> Layer:
     """`alpha · min(z, 0) + max(z, 0)`: see `ABRelu`."""
     return ABRelu(alpha, 1.0, do_stabilize)
 
 
-def Abs(do_stabilize: bool = False) -> Any:
+def Abs(do_stabilize: bool = False) -> Layer:
     """`|z|`: see `ABRelu`."""
     return ABRelu(-1.0, 1.0, do_stabilize)
 
 
 @_with_exact_kernel
 @_nt_stax.layer
-def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None) -> Any:
+def FixedPoint(cell: Layer, inject: Layer, solver: Solver | None = None) -> Layer:
     """A layer of infinite depth, `z* = cell(z*) + inject(x)`, from any stax layers.
 
     Returns the equilibrium itself: put the nonlinearity and the readout after it. The cell reads
@@ -200,12 +202,12 @@ def FixedPoint(cell: Any, inject: Any, solver: Solver | None = None) -> Any:
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
         if kwargs.get("pattern") is not None:
             raise NotImplementedError("FixedPoint does not take the `pattern` of stax.Aggregate.")
-        u = unreversed(inject_kernel(k, **kwargs))
+        u: Any = unreversed(inject_kernel(k, **kwargs))
         check_gaussian(cell_kernel, u)
         check_bypass((*u.shape1[:batch_axis], 2, *u.shape1[batch_axis + 1 :]))
-        z, *outcome = solve(u)
-        raise_unless_cell_solved(*outcome, lambda: large_rates(cell_kernel, u))
-        return z
+        found = solve(u)
+        raise_unless_cell_solved(found, lambda: large_rates(cell_kernel, u))
+        return found.kernel
 
     return init_fn, apply_fn, kernel_fn
 
@@ -219,8 +221,8 @@ def DEQ(
     b_std: float | Array | None = None,
     activation: str | Activation | Callable[[Array], Array] = "relu",
     solver: Solver | None = None,
-    parameterization: str = "ntk",
-) -> Any:
+    parameterization: Literal["ntk", "standard"] = "ntk",
+) -> Layer:
     """A deep equilibrium layer, a fully-connected network of infinite depth with tied weights.
 
     `h* = φ(z*)` with `z* = W_std/√width · φ(z*) W + U_std/√d · x U + b_std · b`: the special case
@@ -278,8 +280,8 @@ def DEQ(
         u = inject[2](k, **kwargs)
         W_var = jnp.square(jnp.asarray(W_std, u.nngp.dtype))
         solution = solve_equilibrium(phi, method, W_var, Injection(u.cov1, u.cov2, u.nngp))
-        converged = jnp.isfinite(solution.dual)
-        raise_unless_solved(phi, method, W_std, converged, *solution[:2])
+        solved = jnp.isfinite(solution.dual)
+        raise_unless_solved(phi, method, W_std, solved, *solution[:2])
         out = u.replace(
             cov1=solution.marginals1.dual,
             cov2=None if u.cov2 is None else solution.marginals2.dual,
@@ -288,9 +290,11 @@ def DEQ(
         )
         if u.ntk is None:
             return out
-        # What the weights of one layer add to the NTK; the rest comes back through z*.
-        added = hidden[2](out.replace(ntk=jnp.zeros_like(u.ntk)), **kwargs).ntk + u.ntk
-        ntk = added / (1 - W_var * solution.dual_slope)
-        return out.replace(ntk=solution.dual_slope * ntk)
+        # What the weights of one layer add to the NTK; the rest comes back through z*. What is not
+        # a number must not meet the derivatives of the others.
+        dual, slope = (jnp.where(solved, a, 0) for a in (solution.dual, solution.dual_slope))
+        finite = out.replace(nngp=dual, ntk=jnp.zeros_like(u.ntk))
+        added = hidden[2](finite, **kwargs).ntk + u.ntk
+        return out.replace(ntk=keep(solved, slope * added / (1 - W_var * slope)))
 
     return init_fn, apply_fn, kernel_fn

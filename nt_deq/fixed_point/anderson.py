@@ -16,14 +16,14 @@ GROWTH = 10  # of the residual in one step, at which accelerations forget what t
 
 
 class History(NamedTuple):
-    """Of the last iterates, with the newest difference in slot `count - 1` modulo the window.
+    """Of the last iterates, with the newest difference in slot `step - 1` modulo the window.
 
     Attributes:
       values, residuals: `(window, ..., size)`, differences of successive steps and residuals, both
         over the length of the latter.
       gram: `(window, window, ...)`, products of the residuals, newest first; 0 where forgotten.
       value, residual, norm: the last ones.
-      count: of the steps.
+      step: how many there were.
     """
 
     values: Array
@@ -32,7 +32,7 @@ class History(NamedTuple):
     value: Array
     residual: Array
     norm: Array
-    count: Array
+    step: Array
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Anderson(Picard):
         """The damped step, less what the differences explain of the residual."""
         history = self._remember(y, found.value - y, norm, memory)
         unit = history.residual / jnp.where(norm > 0, norm, 1)[..., None]
-        along = self._newest_first(dot(history.residuals, unit), history.count)
+        along = self._newest_first(dot(history.residuals, unit), history.step)
         weights = _least_squares(history.gram, along, self.angle)
-        weights = self._by_slot(weights, history.count) * norm
+        weights = self._by_slot(weights, history.step) * norm
         explained = jnp.sum(weights[..., None] * history.values, axis=0)
         return history.value - explained, history
 
@@ -98,12 +98,12 @@ class Anderson(Picard):
         inverse = jnp.where(kept, 1 / jnp.where(kept, length, 1), 0)[..., None]
         difference = jnp.where(kept[..., None], difference * inverse, 0)
         step = jnp.where(kept[..., None], (value - memory.value) * inverse, 0)
-        slot = memory.count % self.window
+        slot = memory.step % self.window
         residuals = lax.dynamic_update_index_in_dim(memory.residuals, difference, slot, 0)
         values = lax.dynamic_update_index_in_dim(memory.values, step, slot, 0)
 
         # Shifted by one, with the products of the newest in front, and nothing where forgotten.
-        count = memory.count + 1
+        count = memory.step + 1
         row = self._newest_first(dot(residuals, difference), count)
         gram = jnp.where(size <= GROWTH * memory.norm, memory.gram[:-1, :-1], 0)
         known = jnp.stack([kept, *(gram[i, i] > 0 for i in range(self.window - 1))])

@@ -28,11 +28,13 @@ class Newton(SteppingSolver):
 
     def start(self, y, bounds):
         """The bracket of every root."""
+        assert bounds is not None  # of entries
         return Bounds(*(jnp.broadcast_to(bound, y.shape) for bound in bounds))
 
     def propose(self, y, found, norm, memory):
         """A Newton step where it stays inside the bracket, `F(y)` where it does not."""
         del norm
+        assert found.slope is not None
         above = found.value > y
         lower = jnp.where(above, y, memory.lower)
         upper = jnp.where(above, memory.upper, y)

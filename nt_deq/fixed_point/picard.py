@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jax import Array
+
 from nt_deq.errors import ArgumentError
-from nt_deq.fixed_point.solver import SteppingSolver
+from nt_deq.fixed_point.solver import Bounds, Memory, SteppingSolver
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Picard(SteppingSolver):
                 "kept and must lie in [0, 1)."
             )
 
-    def start(self, y, bounds):
+    def start(self, y: Array, bounds: Bounds | None) -> Memory:
         """Nothing."""
         del y, bounds
 

@@ -69,7 +69,13 @@ class Bounds(NamedTuple):
 
 
 class Solver(abc.ABC):
-    """A method for `y = F(y)`, sample by sample."""
+    """A method for `y = F(y)`, sample by sample.
+
+    Attributes:
+      max_steps: after so many a sample that has not converged is reported as such.
+    """
+
+    max_steps: int
 
     @abc.abstractmethod
     def solve_entries(

@@ -28,7 +28,7 @@ from jax import Array, lax
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
 from nt_deq.errors import ArgumentError
-from nt_deq.fixed_point.implicit import implicit_entries
+from nt_deq.fixed_point.implicit import implicit_entries, keep
 from nt_deq.fixed_point.newton import Newton
 from nt_deq.fixed_point.solver import Bounds, Evaluation, Solution, Solver, check_solver, rounding
 from nt_deq.kernels.diagnosis import raise_unless_solved
@@ -220,14 +220,17 @@ def _solve(activation, solver, W_std, U_std, b_std, x1, x2):
     )
     equilibrium = solve_equilibrium(activation, solver, W_var, injection)
     first, second, covariance, _, dual_slope, residual, steps = equilibrium
+    # What is not a number must not meet the derivatives of the others.
+    solved = jnp.isfinite(covariance)
+    finite, slope = (jnp.where(solved, a, 0) for a in (covariance, dual_slope))
     solution = KernelSolution(
         nngp=covariance,
-        ntk=covariance / (1 - W_var * dual_slope),
+        ntk=keep(solved, finite / (1 - W_var * slope)),
         steps=steps,
         residual=residual,
         rate=jnp.maximum(jnp.max(first.rate), jnp.max(second.rate)),
         nngp_error=_nngp_error(activation, x1.shape[1], W_var, injection, equilibrium),
-        converged=jnp.isfinite(covariance),
+        converged=solved,
     )
     return solution, (first, second)
 
@@ -276,7 +279,8 @@ def _solve_marginals(activation, solver, W_var, s) -> Marginals:
     k = implicit_entries(marginal, jnp.where(stable, root.value, start), args)
     finite = (k, *activation.dual_diagonal(k))
     rate = jnp.where(stable, W_var * finite[2], rate)
-    return Marginals(*(jnp.where(stable, a, jnp.nan) for a in finite), finite, rate, root)
+    k, dual, dual_slope = (jnp.where(stable, a, jnp.nan) for a in finite)
+    return Marginals(k, dual, dual_slope, finite, rate, root)
 
 
 def _solve_pairs(activation, solver, W_var, injection, first, second):
@@ -410,6 +414,7 @@ def _nngp_error(activation, features, W_var, injection, equilibrium) -> Array:
 
     def error_of_variance(marginals, s):
         found = marginal_map(activation, marginals.variance, (W_var, s))
+        assert found.slope is not None
         error = marginals.root.residual + unit * marginals.variance + gram_unit * s
         return error / (1 - found.slope)
 

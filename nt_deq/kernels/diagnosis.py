@@ -16,7 +16,7 @@ from nt_deq.errors import ArgumentError, NoEquilibriumError, NotConvergedError
 from nt_deq.fixed_point.solver import Solver, rounding
 
 if TYPE_CHECKING:
-    from nt_deq.kernels.cell import Rates
+    from nt_deq.kernels.cell import CellSolution
     from nt_deq.kernels.dense import Marginals
 
 
@@ -94,21 +94,10 @@ def _rate_of_large(activation, W_std, k, dtype) -> float:
 
 
 def raise_unless_cell_solved(
-    rates1: Rates,
-    rates2: Rates,
-    converged: Array,
-    steps: Array,
-    large_rates: Callable[[], tuple[Array, Array]],
+    solution: CellSolution, large_rates: Callable[[], tuple[Array, Array]]
 ) -> None:
-    """The same of `stax.FixedPoint`.
-
-    Args:
-      rates1: of the first inputs.
-      rates2: of the second inputs.
-      converged: `(n1, n2)`, whether the solver has solved the equations of a pair.
-      steps: that it took.
-      large_rates: gives the rates of both where variances are large.
-    """
+    """The same of `stax.FixedPoint`; `large_rates` gives the rates where variances are large."""
+    _, rates1, rates2, converged, steps = solution
     if _checks.is_traced((rates1, rates2, converged)):
         return
     for i, (side, rates) in enumerate((("x1", rates1), ("x2", rates2))):

@@ -102,7 +102,9 @@ def convergence_rate(
     variance = jnp.diagonal(k)
     W_var = jnp.asarray(W_std, x.dtype) ** 2
     by_covariance = W_var * phi.dual(variance[:, None], variance[None, :], k)[1]
-    by_variance = jnp.abs(marginal_map(phi, variance, (W_var, jnp.zeros_like(variance))).slope)
+    slope = marginal_map(phi, variance, (W_var, jnp.zeros_like(variance))).slope
+    assert slope is not None
+    by_variance = jnp.abs(slope)
     inherited = jnp.maximum(by_variance[:, None], by_variance[None, :])
     diagonal = jnp.eye(len(x), dtype=bool)
     return jnp.where(diagonal, inherited, jnp.maximum(jnp.abs(by_covariance), inherited))

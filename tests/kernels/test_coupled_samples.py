@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from jax import random
 
-from nt_deq import Anderson, NoEquilibriumError, NotConvergedError, Picard, stax
+from nt_deq import (
+    Anderson,
+    Chebyshev,
+    Newton,
+    NoEquilibriumError,
+    NotConvergedError,
+    Picard,
+    deq_kernel,
+    stax,
+)
 
 CONV = dict(filter_shape=(3,), padding="CIRCULAR")
 
@@ -89,3 +98,49 @@ def _solved(x, steps):
     except NotConvergedError as error:
         return "pairs" in str(error)
     return True
+
+
+def test_the_finite_cell_is_run_once_per_shape(monkeypatch):
+    """Whether z bypasses the weights does not depend on the batch, nor is it asked again."""
+    shapes = []
+    monkeypatch.setattr(stax, "check_no_bypass", lambda init, apply, shape: shapes.append(shape))
+    cell = stax.serial(stax.Erf(), stax.Dense(4, 0.5))
+    layer = stax.FixedPoint(cell, stax.Dense(4))[2]
+    for n in (2, 3, 3):
+        layer(random.normal(random.key(n), (n, 3)), None, "nngp")
+    assert shapes == [(2, 4)]
+
+
+@pytest.mark.parametrize("width", [1, 8])
+def test_a_bypass_is_seen_whatever_the_standard_deviations(width):
+    def kernel(W_std):
+        branch = stax.serial(stax.Erf(), stax.Dense(width, W_std))
+        cell = stax.serial(stax.FanOut(2), stax.parallel(stax.Identity(), branch), stax.FanInSum())
+        inject = stax.Dense(width)
+        return stax.FixedPoint(cell, inject)[2](jnp.ones((1, 3)), None, "nngp")
+
+    for transformed in (kernel, jax.jit(kernel), jax.grad(lambda w: kernel(w).sum())):
+        with pytest.raises(ValueError, match="skip connection"):
+            transformed(0.5)
+
+
+@pytest.mark.parametrize("solver", [Newton(), Chebyshev()])
+def test_a_solver_of_vectors_serves_images_too(solver):
+    """What is for independent entries is not for images, where the layer chooses by itself."""
+    x = random.normal(random.key(0), (2, 3, 3, 2))
+    ours = stax.DEQ(4, 0.7, solver=solver)[2](x, None, "ntk")
+    np.testing.assert_array_equal(ours, stax.DEQ(4, 0.7)[2](x, None, "ntk"))
+
+
+def test_a_neighbour_without_an_equilibrium_does_not_change_a_dense_derivative():
+    x = jnp.array([[0.1, 0.2], [-0.2, 0.1], [40.0, 50.0]])
+
+    def first(W_std, x):
+        k = stax.DEQ(4, W_std, activation="gelu")[2](x, None, ("nngp", "ntk"))
+        solution = deq_kernel(x, W_std=W_std, activation="gelu")
+        return (k.nngp + k.ntk + solution.nngp + solution.ntk)[:2, :2].sum()
+
+    alone = jax.jit(jax.value_and_grad(first))(1.45, x[:2])
+    beside = jax.jit(jax.value_and_grad(first))(1.45, x)
+    np.testing.assert_allclose(beside, alone, rtol=1e-6)
+    assert np.isnan(jax.jit(lambda x: deq_kernel(x, W_std=1.45, activation="gelu").ntk)(x)[2]).all()
