@@ -21,8 +21,6 @@ Derivatives are of the same kind, `∂E[fg]/∂k1 = E[f''g]/2` and `∂E[fg]/∂
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -31,133 +29,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from nt_deq.activations.expansion import (
+    CHUNK,
+    VARIANCES,
+    Derivative,
+    Expansion,
+    Function,
+    Square,
+    expand,
+    rule_of,
+    tolerance,
+)
 from nt_deq.errors import ArgumentError
-
-Function = Callable[[Array], Array]
-
-_CHUNK = 16  # terms in one pass over the pairs
-_VARIANCES = 2.0 ** np.arange(-40, 20.25, 0.25)
-
-
-class Rule(NamedTuple):
-    """The trapezoidal rule under N(0, 1): it converges geometrically, and its step is uniform.
-
-    Attributes:
-      nodes: `(q,)`, symmetric about 0.
-      weights: `(q,)`, so that `E[f(g)]` is `weights @ f(nodes)`.
-      basis: `(terms, q)`, so that the coefficients of `f` are `basis @ f(nodes)`.
-    """
-
-    nodes: np.ndarray
-    weights: np.ndarray
-    basis: np.ndarray
-
-
-@lru_cache
-def _rule(dtype: np.dtype) -> Rule:
-    """The rule at the precision of a dtype, computed in float64."""
-    terms, end = 2048, 13.0 if dtype == np.float64 else 9.5  # there √density is rounding
-    half = round(end * np.sqrt(terms) / 2.4)  # he_n oscillates at the frequency √n; π is the limit
-    x = np.arange(-half, half + 1) * (end / half)
-    root = np.exp(-x * x / 4) / (2 * np.pi) ** 0.25
-    functions = [root, x * root]  # he_n · √density, which are of order 1 everywhere
-    for n in range(2, terms):
-        functions.append((x * functions[-1] - np.sqrt(n - 1) * functions[-2]) / np.sqrt(n))
-    step = end / half
-    return Rule(x, step * root * root, step * root * np.stack(functions))
-
-
-class Expansion(NamedTuple):
-    """What is known beforehand of the coefficients `b_n` of a function, in one dtype.
-
-    Attributes:
-      limits: `limits[i]` is the largest variance for which `i + 1` chunks of terms suffice.
-      start: 1 or 2, the first degree after 0 that is needed.
-      stride: 2 where every second coefficient vanishes, as for an even or odd function, or 1.
-      failure: what was measured at the first variance beyond `limits[-1]`.
-    """
-
-    limits: np.ndarray
-    start: int
-    stride: int
-    failure: str
-
-
-@dataclass(frozen=True)
-class Derivative:
-    """The derivative of an elementwise function."""
-
-    of: Function
-
-    def __call__(self, z: Array) -> Array:
-        """Evaluates it."""
-        return jax.jvp(self.of, (z,), (jnp.ones_like(z),))[1]
-
-
-@dataclass(frozen=True)
-class Square:
-    """The square of an elementwise function."""
-
-    of: Function
-
-    def __call__(self, z: Array) -> Array:
-        """Evaluates it."""
-        return jnp.square(self.of(z))
-
-
-def _tolerance(dtype) -> float:
-    return 4 * float(jnp.finfo(dtype).eps)
-
-
-@lru_cache(maxsize=1024)
-def expand(fn: Derivative, dtype: np.dtype) -> Expansion:
-    """Measures over which variances the series of `fn` converges in this dtype, and how fast."""
-    rule, tol = _rule(dtype), _tolerance(dtype)
-    between = rule.nodes + (rule.nodes[1] - rule.nodes[0]) / 2
-    z = np.sqrt(_VARIANCES)[:, None] * np.stack([rule.nodes, between])[:, None]
-    with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
-        values, values_between = np.asarray(jax.jit(fn)(z.astype(dtype)), np.float64)
-        coefficients = values @ rule.basis.T
-        size = values**2 @ rule.weights
-        relative = 1 / np.maximum(size, np.finfo(np.float64).tiny)
-        left_out = np.cumsum(coefficients[:, ::-1] ** 2, axis=1)[:, ::-1] * relative[:, None]
-        # Three ways in which a rule with these nodes can be wrong: its functions do not span `fn`,
-        # they sample it too coarsely, or they end before it does.
-        gap = np.abs(left_out[:, 0] - size * relative) - 4 * tol
-        beyond = np.maximum(left_out[:, -len(rule.basis) // 16], gap)
-        weights = np.exp(-(between**2) / 2) * rule.weights.max()
-        aliased = np.abs(values_between**2 @ weights - size) * relative / 16
-        outside = values**2 @ (rule.weights * (np.abs(rule.nodes) > rule.nodes[-1] - 1)) * relative
-        error = np.nan_to_num(np.maximum.reduce([beyond, aliased, outside]), nan=np.inf)
-        # A derivative of a derivative is only as exact as the rounding of what it is taken of.
-        noise = 0.0
-        if isinstance(fn.of, Derivative):
-            noise = tol * np.sqrt(
-                np.asarray(jax.jit(fn.of)(rule.nodes.astype(dtype))) ** 2 @ rule.weights
-            )
-    with np.errstate(divide="ignore"):
-        bad = error > tol + noise * np.sqrt(relative) + noise**2 * relative
-    good = int(np.argmax(bad)) if bad.any() else len(bad)
-    failure = ""
-    if bad.any():
-        failure = (
-            f"at variance {_VARIANCES[good]:.3g}, {error[good]:.2g} of the mean square of φ' is "
-            f"missed by {len(rule.basis)} terms and {len(rule.nodes)} nodes, and {tol:.2g} is the "
-            "bound"
-        )
-    start, stride = 1, 1
-    largest = np.max(coefficients[:good] ** 2, axis=0, initial=0.0)
-    unseen = (64 * tol) ** 2 * np.max(size[:good], initial=0.0)
-    if np.sum(largest[2::2]) <= unseen:
-        stride = 2
-    elif np.sum(largest[1::2]) <= unseen:
-        start, stride = 2, 2
-    degree = np.sum(left_out[:good] > tol, axis=1) - 1  # the last one that is needed
-    chunks = np.maximum((degree - start) // stride // _CHUNK, 0)
-    chunks = np.maximum.accumulate(chunks)
-    last = np.searchsorted(chunks, np.arange(chunks.max(initial=0) + 1), side="right") - 1
-    limits = np.where(last >= 0, _VARIANCES[last], 0.0)
-    return Expansion(limits, start, stride, failure)
 
 
 @lru_cache
@@ -166,21 +49,21 @@ def _seeds(dtype: np.dtype, start: int, stride: int, count: int) -> np.ndarray:
 
     The whole basis would be megabytes of constants in every program.
     """
-    basis = _rule(dtype).basis
+    basis = rule_of(dtype).basis
     # The last chunk may end beyond the basis, and one beyond that is never asked for.
-    first = np.minimum(start + np.arange(count) * stride * _CHUNK, len(basis) - 2)
+    first = np.minimum(start + np.arange(count) * stride * CHUNK, len(basis) - 2)
     return np.stack([basis[first], basis[first + 1]], axis=1).astype(dtype)
 
 
 def _chunk(seed: Array, first: Array, stride: int) -> Array:
-    """The rows of degrees `n = first + i stride`, each over √(n + 1), `(_CHUNK, q)`."""
-    x = _rule(np.dtype(seed.dtype)).nodes.astype(seed.dtype)
+    """The rows of degrees `n = first + i stride`, each over √(n + 1), `(CHUNK, q)`."""
+    x = rule_of(np.dtype(seed.dtype)).nodes.astype(seed.dtype)
 
     def next_degree(rows, n):
         a, b = rows
         return (b, (x * b - jnp.sqrt(n + 1) * a) / jnp.sqrt(n + 2)), a / jnp.sqrt(n + 1)
 
-    degrees = (first + jnp.arange(_CHUNK * stride)).astype(seed.dtype)
+    degrees = (first + jnp.arange(CHUNK * stride)).astype(seed.dtype)
     return lax.scan(next_degree, (seed[0], seed[1]), degrees)[1][::stride]
 
 
@@ -189,7 +72,7 @@ def _values(fn: Function, k: Array) -> Array:
 
     So the two sides of a kernel of inputs with themselves are one computation to the compiler.
     """
-    return fn(jnp.sqrt(k).reshape(-1, 1) * _rule(k.dtype).nodes.astype(k.dtype))
+    return fn(jnp.sqrt(k).reshape(-1, 1) * rule_of(k.dtype).nodes.astype(k.dtype))
 
 
 def _apply(rows: Array, values: Array) -> Array:
@@ -199,7 +82,7 @@ def _apply(rows: Array, values: Array) -> Array:
 
 def _integrate(values: Array) -> Array:
     """`(size, q)` values to their expectations, `(size,)`."""
-    return _apply(jnp.asarray(_rule(values.dtype).weights, values.dtype)[None], values)[0]
+    return _apply(jnp.asarray(rule_of(values.dtype).weights, values.dtype)[None], values)[0]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -220,7 +103,7 @@ def dual_diagonal(fn: Function, k: Array) -> tuple[Array, Array]:
     NaN where `dual(fn, fn, k, k, k)` is.
     """
     k = jnp.asarray(k)
-    k = jnp.where(k <= expand(Derivative(fn), k.dtype).limits[-1], k, jnp.nan)
+    k = _within(expand(Derivative(fn), k.dtype).limits, k)
     return mean(Square(fn), k), mean(Square(Derivative(fn)), k)
 
 
@@ -252,50 +135,96 @@ def _dual_jvp(f, g, primals, tangents):
     )
 
 
+class _Terms(NamedTuple):
+    """Which terms of two series a call sums.
+
+    Attributes:
+      start: the first degree after 0.
+      stride: from one degree to the next.
+      chunks: how many chunks of `CHUNK` terms the largest variance needs, known at run time.
+      most: how many there can be.
+    """
+
+    start: int
+    stride: int
+    chunks: Array
+    most: int
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _dual(f, g, k1, k2, c):
-    dtype = c.dtype
-    expansions = [expand(Derivative(fn), dtype) for fn in (f, g)]
-    k1, k2 = (
-        jnp.where(k <= e.limits[-1], k, jnp.nan) for k, e in zip((k1, k2), expansions, strict=True)
-    )
-    # As many terms as the largest variance needs; NaN compares as false and needs none.
-    limits = [jnp.asarray(e.limits[:-1], dtype) for e in expansions]
-    needed = [
-        jnp.max(jnp.sum(k[..., None] > limit, axis=-1), initial=0)
-        for k, limit in zip((k1, k2), limits, strict=True)
-    ]
-    chunks, most = 1 + jnp.maximum(*needed), max(len(e.limits) for e in expansions)
-    start, stride = expansions[0].start, expansions[0].stride
-    if (start, stride) != (expansions[1].start, expansions[1].stride):
-        start, stride, chunks, most = 1, 1, 2 * chunks, 2 * most
-    seeds = jnp.asarray(_seeds(dtype, start, stride, most))
+    """Sums the two series of the module's docstring, with `p` a polynomial in `x = ρ^stride`.
 
+    Σ b_n b_n ρⁿ⁺¹/(n+1) = b_0 b_0 ρ + ρ^(start+1) p(x), and V̇ is its derivative in ρ.
+    """
+    series = [expand(Derivative(fn), c.dtype) for fn in (f, g)]
+    k1, k2 = (_within(e.limits, k) for e, k in zip(series, (k1, k2), strict=True))
+    terms = _terms(series, k1, k2, c.dtype)
+    scale, rho = _correlation(k1, k2, c)
+    x = lax.integer_pow(rho, terms.stride)
+    values1, values2 = _values(Derivative(f), k1), _values(Derivative(g), k2)
+
+    p, dp = _polynomial(terms, x, (values1, k1.shape), (values2, k2.shape))
+    first = _integrate(values1).reshape(k1.shape) * _integrate(values2).reshape(k2.shape)
+    power = lax.integer_pow(rho, terms.start)
+    integral = rho * (first + power * p)
+    slope = first + power * ((terms.start + 1) * p + terms.stride * x * dp)
+    return mean(f, k1) * mean(g, k2) + scale * integral, slope
+
+
+def _within(limits: np.ndarray, k: Array) -> Array:
+    """Variances, and NaN beyond those for which the series is known."""
+    return jnp.where(k <= limits[-1], k, jnp.nan)
+
+
+def _terms(series: list[Expansion], k1: Array, k2: Array, dtype) -> _Terms:
+    """As many as the largest variance needs; NaN compares as false and needs none.
+
+    Two functions whose degrees differ, as an even and an odd one, have all degrees in common.
+    """
+    needed = (
+        jnp.max(jnp.sum(k[..., None] > jnp.asarray(e.limits[:-1], dtype), axis=-1), initial=0)
+        for e, k in zip(series, (k1, k2), strict=True)
+    )
+    chunks, most = 1 + jnp.maximum(*needed), max(len(e.limits) for e in series)
+    (start, stride), other = ((e.start, e.stride) for e in series)
+    if (start, stride) == other:
+        return _Terms(start, stride, chunks, most)
+    return _Terms(1, 1, 2 * chunks, 2 * most)
+
+
+def _correlation(k1: Array, k2: Array, c: Array) -> tuple[Array, Array]:
+    """`√(k1 k2)`, and `ρ = c/√(k1 k2)` clipped to [-1, 1]; 0 where a variance is."""
     scale = jnp.sqrt(k1) * jnp.sqrt(k2)
     zero = scale == 0
-    rho = jnp.where(zero, 0, jnp.clip(c / jnp.where(zero, 1, scale), -1, 1))
-    x = lax.integer_pow(rho, stride)
-    values1, values2 = _values(Derivative(f), k1), _values(Derivative(g), k2)
+    return scale, jnp.where(zero, 0, jnp.clip(c / jnp.where(zero, 1, scale), -1, 1))
+
+
+def _polynomial(terms: _Terms, x: Array, side1, side2) -> tuple[Array, Array]:
+    """`p(x) = Σ b_n b_n x^i/(n+1)` over `n = start + i stride`, and `p'(x)`, by Horner's rule.
+
+    The coefficients of a chunk are computed when it is added, from the last chunk to the first.
+
+    Args:
+      terms: which ones.
+      x: `ρ^stride`.
+      side1: of one function `(variances, q)` values at the nodes, and the shape of its variances.
+      side2: likewise of the other.
+    """
+    seeds = jnp.asarray(_seeds(np.dtype(x.dtype), terms.start, terms.stride, terms.most))
 
     def add_chunk(i, carry):
         p, dp = carry
-        i = chunks - 1 - i
+        i = terms.chunks - 1 - i
         seed = lax.dynamic_index_in_dim(seeds, i, keepdims=False)
-        rows = _chunk(seed, start + i * stride * _CHUNK, stride)
-        b1 = _apply(rows, values1).reshape(-1, *k1.shape)
-        b2 = _apply(rows, values2).reshape(-1, *k2.shape)
-        for n in reversed(range(_CHUNK)):  # Horner's rule, for the polynomial and its derivative
+        rows = _chunk(seed, terms.start + i * terms.stride * CHUNK, terms.stride)
+        b1, b2 = (_apply(rows, values).reshape(-1, *shape) for values, shape in (side1, side2))
+        for n in reversed(range(CHUNK)):
             dp = dp * x + p
             p = p * x + b1[n] * b2[n]
         return p, dp
 
-    # Σ b_n b_n ρⁿ⁺¹/(n+1) = b_0 b_0 ρ + ρ^(start+1) p(ρ^stride), and its derivative.
-    p, dp = lax.fori_loop(0, chunks, add_chunk, (jnp.zeros_like(rho), jnp.zeros_like(rho)))
-    first = _integrate(values1).reshape(k1.shape) * _integrate(values2).reshape(k2.shape)
-    power = lax.integer_pow(rho, start)
-    integral = rho * (first + power * p)
-    slope = first + power * ((start + 1) * p + stride * x * dp)
-    return mean(f, k1) * mean(g, k2) + scale * integral, slope
+    return lax.fori_loop(0, terms.chunks, add_chunk, (jnp.zeros_like(x), jnp.zeros_like(x)))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -347,8 +276,8 @@ def check(name: str, fn: Function) -> float:
             "own."
         )
     # Smaller variances may underflow: those of z³ are 15 k³.
-    k = jnp.asarray(_VARIANCES[(_VARIANCES >= 1e-3) & (limit >= _VARIANCES)], z.dtype)
-    error, bound = float(_mismatch(fn, k)), 64 * _tolerance(z.dtype)
+    k = jnp.asarray(VARIANCES[(VARIANCES >= 1e-3) & (limit >= VARIANCES)], z.dtype)
+    error, bound = float(_mismatch(fn, k)), 64 * tolerance(z.dtype)
     if not error <= bound:
         raise ArgumentError(
             f"activation={name}: E[φ²] by quadrature of φ and by that of its jax.jvp differ by "

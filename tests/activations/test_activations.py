@@ -3,18 +3,19 @@
 import copy
 import itertools
 import pickle
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from marks import slow_except
 from scipy import integrate
 
 from nt_deq import Activation
 from nt_deq.activations import ACTIVATIONS, get_activation, piecewise_linear
+from nt_deq.errors import ArgumentError
 
 SMOOTH = [name for name, a in ACTIVATIONS.items() if not a.homogeneous]
 HOMOGENEOUS = [name for name, a in ACTIVATIONS.items() if a.homogeneous]
@@ -50,24 +51,56 @@ def by_angle(fn, rho, power):
     return total / (2 * np.pi) * (2 if power == 2 else 1)  # E[r²] = 2
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("name", SMOOTH)
-def test_smooth_duals_are_the_gaussian_expectations(x64, name, pair):
-    k1, k2, rho = pair
+class Evaluated(NamedTuple):
+    """What is known of an activation at some points `(k1, k2, c)`.
+
+    Attributes:
+      dual: V and V̇, `(2, points)`.
+      derivatives: theirs in k1, k2 and c, by reverse mode, `(2, 3, points)`.
+      diagonal: both at `k1 = k2 = c`, for each k1, `(2, points)`.
+    """
+
+    dual: np.ndarray
+    derivatives: np.ndarray
+    diagonal: np.ndarray
+
+
+@lru_cache
+def _program(name):
     activation = ACTIVATIONS[name]
-    derivative = jax.vmap(jax.vmap(jax.grad(activation.fn)))
-    dual, dual_slope = activation.dual(*jnp.asarray([k1, k2, rho * np.sqrt(k1 * k2)]))
+
+    @jax.jit
+    def evaluate(k1, k2, c):
+        dual, pull = jax.vjp(lambda *at: jnp.stack(activation.dual(*at)), k1, k2, c)
+        ones = jnp.zeros_like(dual).at[0].set(1)
+        derivatives = jnp.stack([jnp.stack(pull(which)) for which in (ones, ones[::-1])])
+        return dual, derivatives, jnp.stack(activation.dual_diagonal(k1))
+
+    return evaluate
+
+
+def evaluate(name, points, dtype=np.float64, size=8):
+    """Everything of up to `size` points: one program serves all tests of a function and dtype."""
+    padded = jnp.asarray([*points, *[(1, 1, 0)] * (size - len(points))], dtype).T
+    return Evaluated(*(np.asarray(a)[..., : len(points)] for a in _program(name)(*padded)))
+
+
+def covariances(pairs):
+    return [(k1, k2, rho * np.sqrt(k1 * k2)) for k1, k2, rho in pairs]
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_duals_are_the_gaussian_expectations(x64, name):
+    fn = ACTIVATIONS[name].fn
+    derivative = jax.vmap(jax.vmap(jax.grad(fn)))
+    exact = [[by_trapezoids(f, *pair) for pair in PAIRS] for f in (fn, derivative)]
     # The rule is exact to rounding here; the terms are of order 1.
-    np.testing.assert_allclose(dual, by_trapezoids(activation.fn, k1, k2, rho), atol=1e-13)
-    np.testing.assert_allclose(dual_slope, by_trapezoids(derivative, k1, k2, rho), atol=1e-13)
+    np.testing.assert_allclose(evaluate(name, covariances(PAIRS)).dual, exact, atol=1e-13)
 
 
-@pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", HOMOGENEOUS)
-def test_homogeneous_duals_are_the_gaussian_expectations(x64, name, pair):
-    k1, k2, rho = pair
+def test_homogeneous_duals_are_the_gaussian_expectations(x64, name):
     slopes = {"relu": (0, 1), "leaky_relu": (0.01, 1), "abs": (-1, 1), "identity": (1, 1)}[name]
-    dual, dual_slope = ACTIVATIONS[name].dual(*jnp.asarray([k1, k2, rho * np.sqrt(k1 * k2)]))
 
     def fn(z):
         return slopes[int(z > 0)] * z
@@ -75,49 +108,47 @@ def test_homogeneous_duals_are_the_gaussian_expectations(x64, name, pair):
     def derivative(z):
         return slopes[int(z > 0)]
 
-    np.testing.assert_allclose(dual, np.sqrt(k1 * k2) * by_angle(fn, rho, 2), atol=1e-12)
-    np.testing.assert_allclose(dual_slope, by_angle(derivative, rho, 0), atol=1e-12)
+    dual, dual_slope = evaluate(name, covariances(PAIRS)).dual
+    exact = [np.sqrt(k1 * k2) * by_angle(fn, rho, 2) for k1, k2, rho in PAIRS]
+    np.testing.assert_allclose(dual, exact, atol=1e-12)
+    exact = [by_angle(derivative, rho, 0) for _, _, rho in PAIRS]
+    np.testing.assert_allclose(dual_slope, exact, atol=1e-12)
     z = jnp.linspace(-2, 2, 9)
     np.testing.assert_array_equal(ACTIVATIONS[name].fn(z), [fn(float(t)) for t in z])
 
 
-@pytest.mark.parametrize("name", slow_except(set(ACTIVATIONS) - set(EXPANDED[1:]), ACTIVATIONS))
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_derivatives_of_the_dual(x64, name):
-    at = jnp.asarray([1.3, 0.8, 0.4])
-    step = 1e-6
-
-    @jax.jit
-    def dual(at):
-        return jnp.stack(ACTIVATIONS[name].dual(*at))
-
-    finite = [(dual(at + step * e) - dual(at - step * e)) / (2 * step) for e in jnp.eye(3)]
-    exact = jax.jit(jax.jacrev(dual))(at)
-    np.testing.assert_allclose(exact, np.transpose(finite), atol=1e-8)  # step² and rounding / step
-    np.testing.assert_allclose(exact[0, 2], dual(at)[1], rtol=1e-14)  # Price's theorem
+    at, step = np.array([1.3, 0.8, 0.4]), 1e-6
+    steps = step * np.eye(3)
+    found = evaluate(name, [at, *(at + steps), *(at - steps)])
+    finite = (found.dual[:, 1:4] - found.dual[:, 4:]) / (2 * step)
+    exact = found.derivatives[:, :, 0]
+    np.testing.assert_allclose(exact, finite, atol=1e-8)  # step² and rounding / step
+    np.testing.assert_allclose(exact[0, 2], found.dual[1, 0], rtol=1e-14)  # Price's theorem
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_diagonal_is_the_dual_at_equal_arguments(dtype, name):
-    large = [10.0] if name in EXPANDED else [40.0, 1e5]
-    k = jnp.asarray([1e-6, 0.3, 1.0, *large], dtype)
-    moments = ACTIVATIONS[name].dual_diagonal(k)
-    for ours, dual in zip(moments, ACTIVATIONS[name].dual(k, k, k), strict=True):
-        assert ours.dtype == dtype
-        np.testing.assert_allclose(ours, dual, rtol=20 * jnp.finfo(dtype).eps)
+    variances = [1e-6, 0.3, 1.0, *([10.0] if name in EXPANDED else [40.0, 1e5])]
+    found = evaluate(name, [(k, k, k) for k in variances], dtype)
+    assert found.dual.dtype == found.diagonal.dtype == dtype
+    np.testing.assert_allclose(found.diagonal, found.dual, rtol=20 * np.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_float32_keeps_its_digits(name):
     rng = np.random.default_rng(0)
-    largest = 1 if name in EXPANDED else 3
-    k1, k2 = 10.0 ** rng.uniform(-3, largest, (2, 2000)).astype(np.float32)
+    smallest, largest = (-6, 1) if name in EXPANDED else (-3, 3)
+    k1, k2 = 10.0 ** rng.uniform(smallest, largest, (2, 2000)).astype(np.float32)
     rho = np.concatenate([rng.uniform(-1, 1, 1000), 1 - 10.0 ** rng.uniform(-6, 0, 1000)])
     c = (rho * np.sqrt(k1 * k2.astype(float))).astype(np.float32)
-    single = np.asarray(ACTIVATIONS[name].dual(*map(jnp.asarray, (k1, k2, c))))
+    dual = jax.jit(ACTIVATIONS[name].dual)
+    single = np.asarray(dual(*map(jnp.asarray, (k1, k2, c))))
     jax.config.update("jax_enable_x64", True)
     k1, k2, c = (jnp.asarray(a, "float64") for a in (k1, k2, c))
-    double = np.asarray(ACTIVATIONS[name].dual(k1, k2, c))
-    diagonals = [np.asarray(ACTIVATIONS[name].dual_diagonal(k)) for k in (k1, k2)]
+    double = np.asarray(dual(k1, k2, c))
+    diagonals = [np.asarray(jax.jit(ACTIVATIONS[name].dual_diagonal)(k)) for k in (k1, k2)]
     jax.config.update("jax_enable_x64", False)
     size = np.sqrt(diagonals[0] * diagonals[1])
     eps = np.finfo(np.float32).eps
@@ -125,33 +156,26 @@ def test_float32_keeps_its_digits(name):
     assert np.max(np.abs(single[0] - double[0]) / size[0]) < 16 * eps
     # V̇ has an infinite slope at ρ = 1 if φ has a kink: an error ε of c is one of √ε there.
     slope_error = np.abs(single[1] - double[1]) / np.maximum(size[1], 1e-30)
-    assert np.max(slope_error) < (4 * np.sqrt(eps) if name in HOMOGENEOUS else 2e-4)
+    bound = 4 * np.sqrt(eps) if name in HOMOGENEOUS else 16 * eps if name in EXPANDED else 2e-4
+    assert np.max(slope_error) < bound
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_values_and_derivatives_are_finite_at_the_corners(dtype, name):
     corners = [(1, 1, 1), (1, 1, -1), (2, 2, 2), (0, 1, 0), (0, 0, 0)]
     corners += [(1e-12, 5, 1)] if name in EXPANDED else [(1e-12, 1e12, 1), (1e12,) * 3]
-
-    @jax.jit
-    def values_and_derivatives(at):
-        dual = lambda at: jnp.stack(ACTIVATIONS[name].dual(*at))  # noqa: E731
-        return dual(at), jax.jacrev(dual)(at)
-
-    for corner in corners:
-        for value in values_and_derivatives(jnp.asarray(corner, dtype)):
-            assert np.isfinite(value).all(), (corner, value)
+    for values in evaluate(name, corners, dtype):
+        assert np.isfinite(values).all()
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_nan_stays_nan(name):
-    for i in range(3):
-        at = [jnp.float32(1.0), jnp.float32(2.0), jnp.float32(0.5)]
-        at[i] = jnp.float32(jnp.nan)
-        dual, dual_slope = ACTIVATIONS[name].dual(*at)
-        assert np.isnan(dual), at
-        assert np.isnan(dual_slope) or name == "identity", at
-    assert np.isnan(ACTIVATIONS[name].dual_diagonal(jnp.float32(jnp.nan))[0])
+    nan = np.nan
+    points = [(nan, 2.0, 0.5), (1.0, nan, 0.5), (1.0, 2.0, nan)]
+    found = evaluate(name, points, np.float32)
+    assert np.isnan(found.dual[0]).all()
+    assert np.isnan(found.dual[1]).all() or name == "identity"
+    assert list(np.isnan(found.diagonal[0])) == [True, False, False]
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -278,3 +302,69 @@ def test_an_activation_of_ones_own_is_used():
     x = jax.random.normal(jax.random.key(0), (4, 3))
     ours = deq_kernel(x, W_std=0.3, activation=double_relu)
     np.testing.assert_allclose(ours.nngp, deq_kernel(x, W_std=0.6).nngp, rtol=1e-5)
+
+
+def test_activations_of_one_formula_are_equal_and_compile_once():
+    @partial(jax.jit, static_argnums=0)
+    def variance(activation, k):
+        return activation.dual_diagonal(k)[0]
+
+    def made_twice():
+        return [piecewise_linear("leaky", -0.5, 2.0), piecewise_linear("again", -0.5, 2)]
+
+    for activation in [*made_twice(), *(pickle.loads(pickle.dumps(a)) for a in made_twice())]:
+        variance(activation, jnp.ones(2))
+        assert activation == made_twice()[0]
+        assert hash(activation) == hash(made_twice()[0])
+    assert variance._cache_size() == 1
+    assert piecewise_linear("x", 0, 1) == ACTIVATIONS["relu"] != piecewise_linear("relu", 0.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "transform", [jax.jit, jax.grad, lambda f: lambda a: jax.vmap(f)(jnp.array([a]))]
+)
+def test_an_activation_that_closes_over_a_traced_value_is_refused(transform):
+    def variance(a):
+        return get_activation(lambda z: jnp.tanh(a * z)).dual_diagonal(jnp.ones(()))[0]
+
+    with pytest.raises(ArgumentError, match=r"activation=<lambda>: it closes over .* is traced"):
+        transform(variance)(0.5)
+    with pytest.raises(ArgumentError, match=r"leaky: a slope is traced"):
+        transform(lambda a: piecewise_linear("leaky", a, 1.0).dual_diagonal(a)[0])(0.5)
+
+
+def test_an_activation_that_is_not_hashable_is_refused():
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, z):
+            return jnp.tanh(z)
+
+    fn = Unhashable()
+    for activation in (fn, Activation("mine", fn, fn, fn, lipschitz=1.0)):
+        with pytest.raises(ArgumentError, match=r"unhashable.*dataclass\(frozen=True\)"):
+            get_activation(activation)
+
+
+def test_a_function_may_be_seen_first_by_a_fit_or_an_adapter():
+    from nt_deq import gp, stax
+
+    x = jnp.arange(12.0).reshape(6, 2) / 6
+    bends = [lambda z: jnp.tanh(z) + 0.3 * jnp.sin(z) for _ in range(2)]
+
+    def make_kernel(hyper, fn):
+        return stax.serial(stax.DEQ(1, hyper["W_std"], activation=fn), stax.Dense(1))[2]
+
+    start = {"W_std": 0.5, "noise": 0.1}
+    first = partial(make_kernel, fn=bends[0])
+    fitted = gp.fit(first, x, x[:, 0], start, restarts=1, max_steps=2)
+    assert jnp.isfinite(fitted.loss)
+    tinygp = pytest.importorskip("tinygp")
+    from nt_deq.tinygp import StaxKernel
+
+    @jax.jit
+    def log_probability(hyper):
+        kernel = StaxKernel(partial(make_kernel, fn=bends[1]), hyper)
+        return tinygp.GaussianProcess(kernel, x, diag=0.1).log_probability(x[:, 0])
+
+    assert jnp.isfinite(log_probability(start))

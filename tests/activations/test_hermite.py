@@ -8,7 +8,8 @@ from marks import slow_except
 
 from nt_deq import NotConvergedError, deq_kernel
 from nt_deq.activations.activation import ACTIVATIONS, get_activation, smooth
-from nt_deq.activations.hermite import Derivative, check, dual, expand
+from nt_deq.activations.expansion import Derivative, expand
+from nt_deq.activations.hermite import check, dual
 
 EXPANDED = slow_except(("tanh", "silu"), ("tanh", "sigmoid", "softplus", "silu"))
 # The largest variances that are promised, a little below those that are reached.
@@ -24,8 +25,8 @@ def expansion(name):
 def random_pairs(dtype, largest=1.0, smallest=-6.0):
     rng = np.random.default_rng(0)
     k1 = 10 ** rng.uniform(smallest, largest, (40, 1))
-    k2 = 10 ** rng.uniform(smallest, largest, (1, 50))
-    rho = np.clip(rng.uniform(-1.2, 1.2, (40, 50)), -1, 1)
+    k2 = 10 ** rng.uniform(smallest, largest, (1, 40))
+    rho = np.clip(rng.uniform(-1.2, 1.2, (40, 40)), -1, 1)
     return [jnp.asarray(a, dtype) for a in (k1, k2, rho * np.sqrt(k1 * k2))]
 
 
@@ -61,33 +62,18 @@ def test_derivatives_agree_with_those_of_the_closed_form(x64, name):
 
 
 @pytest.mark.parametrize("name", EXPANDED)
-def test_float32_agrees_with_float64(name):
-    activation = ACTIVATIONS[name]
-    k1, k2, c = random_pairs(np.float32)
-    single = [np.asarray(v) for v in activation.dual(k1, k2, c)]
-    jax.config.update("jax_enable_x64", True)
-    k1, k2, c = (jnp.asarray(np.asarray(a), np.float64) for a in (k1, k2, c))
-    double = [np.asarray(v) for v in activation.dual(k1, k2, c)]
-    squares = zip(activation.dual_diagonal(k1), activation.dual_diagonal(k2), strict=True)
-    sizes = [np.sqrt(np.asarray(a) * np.asarray(b)) for a, b in squares]
-    jax.config.update("jax_enable_x64", False)
-    for ours, exact, size in zip(single, double, sizes, strict=True):
-        assert np.max(np.abs(ours - exact) / size) < 16 * np.finfo(np.float32).eps
-
-
-@pytest.mark.parametrize("name", EXPANDED)
 def test_near_equal_and_opposite_inputs(x64, name):
     """At ρ = ±1 there is one Gaussian, and nearby the error is no larger than at ±1."""
     activation, x = ACTIVATIONS[name], np.arange(-2000, 2001) * 0.006
     weight = np.exp(-(x**2) / 2) * 0.006 / np.sqrt(2 * np.pi)
-    for k1, k2 in ((0.3, 5.0), (8.0, 8.0), (1e-6, 1.0)):
-        for sign in (1, -1):
-            u, v = np.sqrt(k1) * x, sign * np.sqrt(k2) * x
-            ours = activation.dual(*map(jnp.asarray, (k1, k2, sign * np.sqrt(k1 * k2))))
-            slope = jax.vmap(jax.grad(activation.fn))
-            for value, f in zip(ours, (activation.fn, slope), strict=True):
-                exact = weight @ (np.asarray(f(jnp.asarray(u))) * np.asarray(f(jnp.asarray(v))))
-                np.testing.assert_allclose(value, exact, rtol=3e-14, atol=1e-15)
+    k1, k2 = np.repeat([[0.3, 8.0, 1e-6], [5.0, 8.0, 1.0]], 2, axis=1)
+    sign = np.array([1, -1] * 3)
+    ours = activation.dual(*map(jnp.asarray, (k1, k2, sign * np.sqrt(k1 * k2))))
+    u, v = np.sqrt(k1)[:, None] * x, (sign * np.sqrt(k2))[:, None] * x
+    slope = jax.vmap(jax.vmap(jax.grad(activation.fn)))
+    for value, f in zip(ours, (activation.fn, slope), strict=True):
+        exact = (np.asarray(f(jnp.asarray(u))) * np.asarray(f(jnp.asarray(v)))) @ weight
+        np.testing.assert_allclose(value, exact, rtol=3e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", EXPANDED)
@@ -96,14 +82,15 @@ def test_small_variances_keep_their_digits(x64, name):
     activation = ACTIVATIONS[name]
     at_zero = jnp.zeros(())
     slope = jax.grad(activation.fn)(at_zero)
-    for k in (0.0, 1e-30, 1e-12):
-        dual, dual_slope = activation.dual(jnp.full((), k), at_zero + 2 * k, at_zero - k)
-        np.testing.assert_allclose(dual_slope, slope**2, rtol=1e-11)
-        expected = activation.fn(at_zero) ** 2
-        np.testing.assert_allclose(dual, expected, rtol=1e-11, atol=2 * k)
-        np.testing.assert_allclose(activation.dual_diagonal(at_zero + k)[1], slope**2, rtol=1e-11)
-    tanh, _ = ACTIVATIONS["tanh"].dual(*jnp.asarray([1e-30, 1e-28, 1e-30]))
-    np.testing.assert_allclose(tanh, 1e-30, rtol=1e-13)
+    k = jnp.asarray([0.0, 1e-30, 1e-12])
+    dual, dual_slope = activation.dual(k, 2 * k, -k)
+    np.testing.assert_allclose(dual_slope, jnp.full(3, slope**2), rtol=1e-11)
+    expected = activation.fn(at_zero) ** 2
+    assert np.all(np.abs(dual - expected) <= 1e-11 * expected + 2 * k)
+    np.testing.assert_allclose(activation.dual_diagonal(k)[1], jnp.full(3, slope**2), rtol=1e-11)
+    if name == "tanh":
+        odd, _ = activation.dual(*jnp.asarray([[1e-30] * 3, [1e-28] * 3, [1e-30] * 3]))
+        np.testing.assert_allclose(odd, jnp.full(3, 1e-30), rtol=1e-13)
 
 
 @pytest.mark.parametrize("name", EXPANDED)

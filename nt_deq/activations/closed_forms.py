@@ -1,0 +1,163 @@
+"""The Gaussian expectations of activations in closed form.
+
+For `(u, u') ~ N(0, [[k1, c], [c, k2]])`, a `..._dual(k1, k2, c)` is `(V, V̇)`, that is
+`(E[φ(u) φ(u')], E[φ'(u) φ'(u')])`, and a `..._dual_diagonal(k)` is it at `k1 = k2 = c = k`.
+
+They go through `arctan2` of a shared square root instead of `arccos` or `arcsin`: near `u = u'` the
+rounding errors of their terms then cancel instead of adding up, and their derivatives are finite
+there.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.scipy.special import erf
+
+Moments = tuple[Array, Array]
+
+
+def _clip(x: Array, lower: float | None, upper: float | None) -> Array:
+    """Clips a value that leaves its range by rounding alone; the derivative stays that of `x`."""
+    return x + lax.stop_gradient(jnp.clip(x, lower, upper) - x)
+
+
+def _sqrt(x: Array) -> Array:
+    """√x with derivative 0 at 0, where the true one is infinite."""
+    zero = x <= 0  # written so that NaN stays NaN
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+
+
+def _determinant(k1: Array, k2: Array, c: Array) -> Array:
+    """`k1 k2 - c²`, at least 0."""
+    return _clip(k1 * k2 - c * c, 0, None)
+
+
+def _sine(rho: Array) -> Array:
+    """√(1-ρ²), and 0 where a Gram matrix of this dtype does not tell ρ from ±1."""
+    square = (1 - rho) * (1 + rho)
+    return _sqrt(jnp.where(square <= 16 * jnp.finfo(rho.dtype).eps, 0, square))
+
+
+@jax.custom_jvp
+def _arc_cosine(rho: Array) -> Moments:
+    """The arc-cosine kernels `κ0, κ1` of degree 0 and 1 (Cho & Saul 2009)."""
+    sine = _sine(rho)
+    angle = jnp.arctan2(sine, -rho) / jnp.pi  # (π - arccos ρ)/π
+    return angle, sine / jnp.pi + angle * rho
+
+
+@_arc_cosine.defjvp
+def _arc_cosine_jvp(primals, tangents):
+    (rho,), (d_rho,) = primals, tangents
+    k0, k1 = _arc_cosine(rho)
+    # κ1' = κ0 and κ0' = 1/(π√(1-ρ²)), infinite at ρ = ±1: there it is a kink, and 0 a subgradient.
+    sine = _sine(rho)
+    slope = jnp.where(sine == 0, 0, 1 / (jnp.pi * jnp.where(sine == 0, 1, sine)))
+    return (k0, k1), (slope * d_rho, k0 * d_rho)
+
+
+def piecewise_linear(negative: float, positive: float, z: Array) -> Array:
+    """`φ(z) = positive · max(z, 0) + negative · min(z, 0)`."""
+    return positive * jnp.maximum(z, 0) + negative * jnp.minimum(z, 0)
+
+
+def piecewise_linear_dual(
+    negative: float, positive: float, k1: Array, k2: Array, c: Array
+) -> Moments:
+    """With `ρ = c/√(k1 k2)`, `bend = (positive - negative)²/2`, `product = positive · negative`.
+
+    `V = √(k1 k2) (bend κ1(ρ) + product ρ)` and `V̇ = bend κ0(ρ) + product`.
+    """
+    bend, product = (positive - negative) ** 2 / 2, positive * negative
+    scale = _sqrt(k1) * _sqrt(k2)
+    zero = scale == 0
+    rho = _clip(jnp.where(zero, 0, c / jnp.where(zero, 1, scale)), -1, 1)
+    kappa0, kappa1 = _arc_cosine(rho)
+    return scale * (bend * kappa1 + product * rho), bend * kappa0 + product
+
+
+def piecewise_linear_dual_diagonal(negative: float, positive: float, k: Array) -> Moments:
+    """`V = k V̇`, and `V̇` is the mean of the squared slopes."""
+    mean_square = (positive**2 + negative**2) / 2
+    return mean_square * k, jnp.full_like(k, mean_square)
+
+
+def erf_dual(k1: Array, k2: Array, c: Array) -> Moments:
+    """`V = 2/π arctan(2c/√q)` and `V̇ = 4/(π√q)` (Williams 1997).
+
+    With `q = 1 + 2(k1 + k2) + 4(k1 k2 - c²)`.
+    """
+    root = jnp.sqrt(1 + 2 * (k1 + k2) + 4 * _determinant(k1, k2, c))
+    return 2 / jnp.pi * jnp.arctan2(2 * c, root), 4 / jnp.pi / root
+
+
+def erf_dual_diagonal(k: Array) -> Moments:
+    """`erf_dual(k, k, k)`."""
+    root = jnp.sqrt(1 + 4 * k)
+    return 2 / jnp.pi * jnp.arctan2(2 * k, root), 4 / jnp.pi / root
+
+
+def gelu(z: Array) -> Array:
+    """`z Φ(z)`, with the distribution function of the standard normal."""
+    return z * (1 + erf(z / jnp.sqrt(2).astype(z.dtype))) / 2
+
+
+def gelu_dual(k1: Array, k2: Array, c: Array) -> Moments:
+    """As `_gelu_moments` has it."""
+    return _gelu_moments(k1, k2, c, _determinant(k1, k2, c))
+
+
+def gelu_dual_diagonal(k: Array) -> Moments:
+    """`gelu_dual(k, k, k)`."""
+    return _gelu_moments(k, k, k, jnp.zeros_like(k))
+
+
+def _gelu_moments(k1: Array, k2: Array, c: Array, determinant: Array) -> Moments:
+    """By Stein's lemma from `E[Φ(u)Φ(u')] = 1/4 + arcsin(c/√p)/2π`, with `p = (1 + k1)(1 + k2)`.
+
+    `V̇` is `∂V/∂c`, and `root² = p - c²` (Tsuchida et al. 2021, "Avoiding kernel fixed points").
+    Written without `p`, whose square in their derivatives would overflow.
+    """
+    inverse1, inverse2 = 1 / (1 + k1), 1 / (1 + k2)
+    root = 2 * jnp.sqrt(0.25 + (k1 / 4 + k2 / 4) + determinant / 4)
+    root = jnp.where(jnp.isfinite(root), root, jnp.nan)
+    tangent = c / root
+    angle = jnp.arctan2(c, root)
+    saturation = (k1 * inverse1) * (k2 * inverse2)
+    correlation = (c * inverse1) * (c * inverse2)
+    v = c / 4 + (c * angle + saturation * root + correlation / root) / (2 * jnp.pi)
+    both = inverse1 * inverse2
+    rest = inverse1 + inverse2 + both + (tangent * inverse1) * (tangent * inverse2)
+    return v, 0.25 + (angle + tangent * rest) / (2 * jnp.pi)
+
+
+def sin_dual(k1: Array, k2: Array, c: Array) -> Moments:
+    """`exp(-(k1 + k2)/2) · (sinh c, cosh c)` without overflow, and exact for small `c`."""
+
+    def half_exp(c):
+        # Not k1 + k2 - 2c: a difference of near numbers is exact. Negative only by rounding.
+        distance = (k1 - c) + (k2 - c)
+        return jnp.exp(-jnp.where(distance < 0, 0, distance) / 2) / 2
+
+    up, down = half_exp(c), half_exp(-c)
+    small = jnp.exp(-(k1 + k2) / 2) * jnp.sinh(jnp.clip(c, -1, 1))
+    return jnp.where(jnp.abs(c) < 1, small, up - down), up + down
+
+
+def sin_dual_diagonal(k: Array) -> Moments:
+    """`sin_dual(k, k, k)`."""
+    return -jnp.expm1(-2 * k) / 2, (1 + jnp.exp(-2 * k)) / 2
+
+
+def cos_dual(k1: Array, k2: Array, c: Array) -> Moments:
+    """That of its derivative, `-sin`, exchanged."""
+    sinh, cosh = sin_dual(k1, k2, c)
+    return cosh, sinh
+
+
+def cos_dual_diagonal(k: Array) -> Moments:
+    """`cos_dual(k, k, k)`."""
+    moment, slope_moment = sin_dual_diagonal(k)
+    return slope_moment, moment
