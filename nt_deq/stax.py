@@ -144,8 +144,8 @@ def FixedPoint(cell: Layer, inject: Layer, solver: Solver | None = None) -> Laye
       inject: likewise of what the input goes through, once, for example
         `stax.Conv(64, (3, 3), padding='SAME')`.
       solver: of the kernel. `None` is `nt_deq.Newton()` where the inputs are vectors, so that every
-        entry is an equation of its own, and `nt_deq.Anderson()` where they have spatial axes, whose
-        entries the cell may couple; `nt_deq.Picard()` is the plain iteration.
+        entry is an equation of its own, and `nt_deq.Anderson(window=3)` where they have spatial
+        axes, whose entries the cell may couple; `nt_deq.Picard()` is the plain iteration.
 
     Returns:
       `(init_fn, apply_fn, kernel_fn)`. The parameters are `(cell, inject)`.

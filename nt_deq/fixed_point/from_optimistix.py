@@ -36,9 +36,9 @@ class Optimistix(Solver):
             )
         _checks.count("max_steps", self.max_steps)
 
-    def solve_vectors(self, fn, y, args, rounding):
+    def solve_vectors(self, fn, y, args, rounding, keep_best=True):
         """`y = F(y)`, with one outcome for all samples."""
-        del rounding
+        del rounding, keep_best
         import optimistix
 
         found = optimistix.fixed_point(

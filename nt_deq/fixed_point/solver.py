@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
       value: `F(y)`.
-      scale: what a residual is small against, one number per sample; `None` is `|F(y)|`.
+      scale: what a residual is small against, one number per sample, where `|F(y)|` is less.
       slope: of entries, `∂F/∂y`.
       aux: what else is known there; kept of the last evaluation.
     """
@@ -48,7 +48,7 @@ class Solution(NamedTuple):
     """Where a solver ended.
 
     Attributes:
-      value: `y`; of vectors the iterate with the smallest residual of every sample.
+      value: `y`; of a network the iterate with the smallest residual of every sample.
       steps: evaluations of `F`.
       residual: `|F(y) - y|` of every sample, in the 2-norm.
       converged: whether the residual of a sample is within the solver's tolerance; of
@@ -84,7 +84,9 @@ class Solver(abc.ABC):
         """`y = F(y)` for every number of an array; the solution, and `aux` at its value."""
 
     @abc.abstractmethod
-    def solve_vectors(self, fn: Function, y: Array, args: Any, rounding: float) -> Solution:
+    def solve_vectors(
+        self, fn: Function, y: Array, args: Any, rounding: float, keep_best: bool = True
+    ) -> Solution:
         """`y = F(y)` for vectors along the last axis.
 
         Args:
@@ -92,6 +94,8 @@ class Solver(abc.ABC):
           y: where to start.
           args: of `fn`.
           rounding: the relative residual that rounding leaves: the tolerance where none is given.
+          keep_best: whether a sample that does not converge has the iterate with the smallest
+            residual for its value, instead of the last.
         """
 
 
@@ -145,7 +149,7 @@ class SteppingSolver(Solver):
         solution, aux = _iterate(self, of_vectors, y[..., None], args, bounds, _Vectors)
         return solution._replace(value=solution.value[..., 0]), aux
 
-    def solve_vectors(self, fn, y, args, rounding):
+    def solve_vectors(self, fn, y, args, rounding, keep_best=True):
         """By the loop."""
         if self.needs_slope:
             raise ArgumentError(
@@ -154,7 +158,7 @@ class SteppingSolver(Solver):
                 "or nt_deq.Picard()."
             )
         solver = self if self.rtol is not None else dataclasses.replace(self, rtol=rounding)
-        return _iterate(solver, fn, y, args, None, _Vectors)[0]
+        return _iterate(solver, fn, y, args, None, _Vectors, keep_best)[0]
 
 
 def check_solver(solver: Any) -> None:
@@ -175,8 +179,12 @@ class _Entries:
     """Samples of one number."""
 
     @staticmethod
-    def norm(y):
-        return jnp.abs(y)
+    def norms(*arrays):
+        return tuple(jnp.abs(a) for a in arrays)
+
+    @staticmethod
+    def evaluated(value):
+        return value
 
     @staticmethod
     def spread(scalars):
@@ -187,8 +195,13 @@ class _Vectors:
     """Samples along the last axis."""
 
     @staticmethod
-    def norm(y):
-        return norm(y)
+    def norms(*arrays):
+        return norms(*arrays)
+
+    @staticmethod
+    def evaluated(value):
+        # Else XLA fuses the function into everything that its value is used for.
+        return lax.optimization_barrier(value)
 
     @staticmethod
     def spread(scalars):
@@ -198,7 +211,7 @@ class _Vectors:
 class _State(NamedTuple):
     steps: Array
     y: Array
-    best: Array  # of vectors, the iterate with the smallest residual
+    best: Array  # the iterate with the smallest residual, where it is kept
     residual: Array  # of the best
     moving: Array
     converged: Array
@@ -206,15 +219,17 @@ class _State(NamedTuple):
     memory: Memory
 
 
-def _iterate(solver, fn, y, args, bounds, samples) -> tuple[Solution, tuple[Array, ...]]:
-    keep_best = samples is _Vectors
+def _iterate(
+    solver, fn, y, args, bounds, samples, keep_best=False
+) -> tuple[Solution, tuple[Array, ...]]:
+    """The loop."""
     floor = rounding(y.dtype)
 
     def clip(y):
         return y if bounds is None else jnp.clip(y, *bounds)
 
     def allowed(found, size):
-        scale = size if found.scale is None else found.scale
+        scale = size if found.scale is None else jnp.maximum(size, found.scale)
         rtol = solver.rtol
         if rtol is None:  # the error of an entry is the residual over 1 - slope
             slope = 1 if found.slope is None else jnp.abs(found.slope)
@@ -224,9 +239,8 @@ def _iterate(solver, fn, y, args, bounds, samples) -> tuple[Solution, tuple[Arra
     def advance(state: _State) -> _State:
         found = fn(state.y, args)
         # A root at a bound may be outside it by rounding.
-        found = found._replace(value=clip(found.value))
-        norm = samples.norm(found.value - state.y)
-        size = samples.norm(found.value)
+        found = found._replace(value=clip(samples.evaluated(found.value)))
+        norm, size = samples.norms(found.value - state.y, found.value)
         finite = jnp.isfinite(norm) & jnp.isfinite(size)  # a norm that overflows allows nothing
         now = state.moving & finite & (norm <= allowed(found, size))
         moving = state.moving & finite & ~now
@@ -241,7 +255,7 @@ def _iterate(solver, fn, y, args, bounds, samples) -> tuple[Solution, tuple[Arra
         converged = state.converged | now
         return _State(state.steps + 1, y, best, residual, moving, converged, found.aux, memory)
 
-    shape = y.shape[:-1] if keep_best else y.shape
+    shape = y.shape[:-1] if samples is _Vectors else y.shape
     no = jnp.zeros(shape, bool)
     start = _State(
         steps=jnp.zeros((), jnp.int32),
@@ -271,12 +285,17 @@ def rounding(dtype: Any) -> float:
 
 def norm(y: Array) -> Array:
     """The 2-norm along the last axis, also of numbers whose squares leave the dtype's range."""
-    largest = jnp.max(jnp.abs(y), axis=-1, initial=0)
+    return norms(y)[0]
+
+
+def norms(*arrays: Array) -> tuple[Array, ...]:
+    """The 2-norms of several arrays, exact to the rounding of the largest of their numbers."""
+    largest = [jnp.max(jnp.abs(y), axis=-1, initial=0) for y in arrays]
     # Its inverse must be a normal number: XLA multiplies by it, and takes others for 0.
-    tiny = jnp.finfo(y.dtype).tiny
-    scale = jnp.clip(largest, tiny, 0.25 / tiny)
-    y = y / scale[..., None]
-    return scale * jnp.sqrt(jnp.sum(y * y, axis=-1))
+    tiny = jnp.finfo(arrays[0].dtype).tiny
+    scale = jnp.clip(reduce(jnp.maximum, largest), tiny, 0.25 / tiny)
+    inverse = (1 / scale)[..., None]
+    return tuple(scale * jnp.sqrt(jnp.sum(jnp.square(y * inverse), axis=-1)) for y in arrays)
 
 
 def dot(a: Array, b: Array) -> Array:

@@ -88,7 +88,7 @@ def solve_cell(kernel_map: KernelMap, inject: nt.Kernel, solver: Solver | None) 
 
     spatial = inject.nngp.ndim > 2
     if solver is None:
-        solver = Anderson() if spatial else Newton()
+        solver = Anderson(window=3) if spatial else Newton()
 
     cov1, rates1 = _solve_marginals(cell, inject, solver)
     cov2, rates2 = None, rates1
@@ -302,11 +302,10 @@ def _solve_channel(channel, k, injected, exists, solver) -> tuple[Array, Array, 
         args = lax.stop_gradient(args)
 
         def fn(y, args):
-            value = layer(y, args)
-            return Evaluation(value, jnp.maximum(norm(value), _scale(part)))
+            return Evaluation(layer(y, args), _scale(part))
 
         unit = _block_rounding(injected.dtype)
-        root = solver.solve_vectors(fn, _flat(injected), args, unit)
+        root = solver.solve_vectors(fn, _flat(injected), args, unit, keep_best=False)
         return root.value.reshape(injected.shape), root.converged, root.steps
 
     def side(cov, mask):
