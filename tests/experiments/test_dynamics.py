@@ -12,6 +12,7 @@ from experiments.claims import dynamics
 from experiments.lib import training
 from experiments.lib.data import load
 from experiments.lib.networks import Architecture, draw
+from experiments.lib.workdir import Workdir
 from nt_deq.errors import InputError
 
 TINY = dynamics.Settings(
@@ -53,7 +54,7 @@ def check_closed_form(found, limit, networks, targets):
                 assert e["distance"][i][s] == pytest.approx(distance, abs=1e-10)
 
 
-def test_the_closed_form_is_a_power_of_a_matrix():
+def test_the_closed_form_is_a_power_of_a_matrix(tmp_path):
     data, rng = load("digits", None, 5, 4, seed=0), np.random.default_rng(0)
     features = rng.normal(size=(9, 30)) / 30**0.5
     theta = features @ features[:5].T
@@ -64,8 +65,9 @@ def test_the_closed_form_is_a_power_of_a_matrix():
     }
     limit = {"ntk_train_train": theta[:5], "ntk_test_train": theta[5:]}
     limit["learning_rate"] = 0.3 * data.targets_train.size / np.linalg.norm(theta[:5], 2)
-    found = dynamics._numbers(dynamics.measure(data, [0, 1, 5], limit, networks))
-    found = json.loads(json.dumps(found))
+    measured = dynamics.measure(data, [0, 1, 5], limit, networks)
+    Workdir(tmp_path).write_json("found.json", measured)
+    found = json.loads((tmp_path / "found.json").read_text())
     check_closed_form(found, limit, networks, data.targets_train)
     for width in ("10", "20"):
         assert found["ensembles"][width]["distance"][0] == pytest.approx([0, 0], abs=1e-12)

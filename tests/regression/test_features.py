@@ -108,7 +108,7 @@ def test_identity_has_the_linear_term_alone():
     features = SketchFeatures(series, D, 40, jax.random.key(0))
     assert features.size == D
     x = sphere(9)
-    assert feature_error(features, network(W_std=0.5, activation="identity"), x) < 1e-6
+    assert feature_error(features, network(W_std=0.5, activation="identity"), x, "ntk") < 1e-6
 
 
 @pytest.mark.slow
