@@ -63,7 +63,7 @@ with tempfile.TemporaryDirectory() as directory:
     np.savetxt(f"{directory}/y.csv", np.where(inputs[:, 0] > 0, "high", "low"), fmt="%s")
     assert version in run("--version")
     assert version in run("info")
-    assert "k.npy: NTK of f, 20 × 20" in run("kernel x.npy --out k.npy")
+    assert "k.npy: NNGP of f, 20 × 20" in run("kernel x.npy --out k.npy")
     assert "leave-one-out" in run("predict x.csv y.csv x.csv --out p.csv --probabilities q.csv")
     assert "on 16 inputs, 4 for testing" in run(
         "compare x.csv y.csv --widths 8 --networks 1 --steps 2"
