@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
@@ -18,6 +17,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 from nt_deq import enable_x64, nt
 from experiments.lib.networks import Architecture
 from experiments.lib.workdir import Arrays
+from nt_deq._batches import pad_rows
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -35,11 +35,12 @@ def tiled(tile: Callable[[Any, Any], Any]) -> Kernel:
         out = np.empty((len(x1), len(x2)))
         with enable_x64(True):
             for i in range(0, len(x1), TILE):
-                rows, real_rows = _padded(x1[i : i + TILE])
+                rows = x1[i : i + TILE]
                 # A kernel is symmetric: of inputs with themselves, tiles above the diagonal do.
                 for j in range(i if x1 is x2 else 0, len(x2), TILE):
-                    columns, real_columns = _padded(x2[j : j + TILE])
-                    block = np.asarray(tile(rows, columns))[:real_rows, :real_columns]
+                    columns = x2[j : j + TILE]
+                    whole = tile(*(pad_rows(x.astype(np.float64), TILE) for x in (rows, columns)))
+                    block = np.asarray(whole)[: len(rows), : len(columns)]
                     out[i : i + TILE, j : j + TILE] = block
                     if x1 is x2:
                         out[j : j + TILE, i : i + TILE] = block.T
@@ -72,11 +73,6 @@ def explicit(get: str, depth: float) -> Kernel:
 def rbf(gamma: float) -> Kernel:
     """`exp(-γ ‖x - x'‖²/d)`."""
     return lambda x1, x2: rbf_kernel(x1, x2, gamma=gamma / x1.shape[1])
-
-
-def _padded(x: np.ndarray) -> tuple[Any, int]:
-    repeats = np.pad(x, ((0, TILE - len(x)), (0, 0)), mode="edge")
-    return jnp.asarray(repeats, jnp.float64), len(x)
 
 
 def fit(kernel: np.ndarray, y: np.ndarray, regularisation: float) -> KernelRidge:

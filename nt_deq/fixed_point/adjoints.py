@@ -76,8 +76,9 @@ class ImplicitAdjoint(Adjoint):
 
 
 def _solve_linear(solver, on_failure, matvec, b):
-    solution = solve_linear(solver, matvec, b, network_rounding(b.dtype))
-    if on_failure == "best":
+    keep_best = on_failure == "best"
+    solution = solve_linear(solver, matvec, b, network_rounding(b.dtype), keep_best)
+    if keep_best:
         return solution.value
     value = solution.value
     if on_failure == "raise":

@@ -36,8 +36,13 @@ def implicit_entries(fn: Function, y: Array, args: Any) -> Array:
 def _implicit_entries_jvp(fn, primals, tangents):
     y, args = primals
     y = implicit_entries(fn, y, args)
-    found, d_found = jax.jvp(lambda *args: fn(y, *args)[:3], (args,), (tangents[1],))
-    return y, d_found[0] / (1 - found[2])
+
+    def value_and_slope(args):
+        found = fn(y, args)
+        return found.value, found.slope
+
+    _, d_value, slope = jax.jvp(value_and_slope, (args,), (tangents[1],), has_aux=True)
+    return y, d_value / (1 - slope)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -70,13 +75,19 @@ def _implicit_vectors_jvp(layer, solve_linear, primals, tangents):
 
 
 def solve_linear(
-    solver: Solver, matvec: Callable[[Array], Array], b: Array, rounding: float
+    solver: Solver,
+    matvec: Callable[[Array], Array],
+    b: Array,
+    rounding: float,
+    keep_best: bool = False,
 ) -> Solution:
     """Solves `matvec(t) = t - J t = b`, which is a fixed point too, from `t = b`."""
-    return solver.solve_vectors(lambda t, b: Evaluation(b + t - matvec(t)), b, b, rounding)
+    return solver.solve_vectors(
+        lambda t, b: Evaluation(b + t - matvec(t)), b, b, rounding, keep_best
+    )
 
 
-def keep(converged: Array, y: Array) -> Array:
-    """`y`, and NaN where a sample has not converged."""
+def keep(converged: Array, y: Array, otherwise: Array | float = jnp.nan) -> Array:
+    """`y`, and something else where a sample has not converged."""
     spread = converged.reshape(converged.shape + (1,) * (y.ndim - converged.ndim))
-    return jnp.where(spread, y, jnp.nan)
+    return jnp.where(spread, y, otherwise)

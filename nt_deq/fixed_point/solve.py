@@ -150,7 +150,7 @@ def adjoint_solution(
     solver = (adjoint.solver if adjoint is not None else None) or Picard()
     b = samples.ravel(cotangent)
     rounding = network_rounding(b.dtype)
-    solution = solve_linear(solver, lambda t: t - transpose(t)[0], b, rounding)
+    solution = solve_linear(solver, lambda t: t - transpose(t)[0], b, rounding, keep_best=True)
     return solution._replace(value=samples.unravel(solution.value))
 
 

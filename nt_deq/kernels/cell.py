@@ -82,10 +82,7 @@ def solve_cell(kernel_map: KernelMap, inject: nt.Kernel, solver: Solver | None) 
       inject: the kernel `S` of the injection.
       solver: the method; `None` is `Newton` without spatial axes and `Anderson` with them.
     """
-
-    def cell(k):  # a convolution leaves the order of the spatial axes reversed
-        return unreversed(kernel_map(k))
-
+    cell = _in_order(kernel_map)
     spatial = inject.nngp.ndim > 2
     if solver is None:
         solver = Anderson(window=3) if spatial else Newton()
@@ -117,6 +114,16 @@ def solve_cell(kernel_map: KernelMap, inject: nt.Kernel, solver: Solver | None) 
     return CellSolution(solution, rates1, rates2, converged | ~exists, steps)
 
 
+def _in_order(kernel_map: KernelMap) -> KernelMap:
+    """The same map; a convolution leaves the order of the spatial axes reversed."""
+    return lambda k: unreversed(kernel_map(k))
+
+
+def _first_inputs(k: nt.Kernel) -> nt.Kernel:
+    """What the first inputs' own covariances depend on: of the second one sample is enough."""
+    return k.slice(slice(None), slice(0, 1)).replace(ntk=None, x1_is_x2=jnp.array(False))
+
+
 def _swapped(k: nt.Kernel) -> nt.Kernel:
     """The kernel of the second inputs with the first."""
     return k.replace(
@@ -128,8 +135,7 @@ def _swapped(k: nt.Kernel) -> nt.Kernel:
 
 def _solve_marginals(cell, inject, solver) -> tuple[Array, Rates]:
     """The covariance of every input with itself, and the rate at which it contracts."""
-    # The first batch does not see the second, of which one sample is enough.
-    slim = inject.slice(slice(None), slice(0, 1)).replace(ntk=None, x1_is_x2=jnp.array(False))
+    slim = _first_inputs(inject)
 
     def covariance(cov, k):
         return cell(k.replace(cov1=cov)).cov1 + k.cov1
@@ -157,8 +163,7 @@ def _solve_marginals(cell, inject, solver) -> tuple[Array, Rates]:
         residual=root.residual,
         steps=root.steps,
     )
-    stable = rates.stable.reshape(rates.stable.shape + (1,) * (start.ndim - 1))
-    value = jnp.where(stable, value, start)
+    value = keep(rates.stable, value, start)
     if start.ndim == 1:
         return implicit_entries(fn, value, args), rates
     linear = partial(_solve_linear, solver)
@@ -212,8 +217,8 @@ def large_rates(kernel_map: KernelMap, inject: nt.Kernel) -> tuple[Array, Array]
     """
 
     def rates(k):
-        slim = k.slice(slice(None), slice(0, 1)).replace(ntk=None, x1_is_x2=jnp.array(False))
-        return _rates(lambda k: unreversed(kernel_map(k)), slim, 1e6 * slim.cov1)
+        slim = _first_inputs(k)
+        return _rates(_in_order(kernel_map), slim, 1e6 * slim.cov1)
 
     first = rates(inject)
     return first, first if inject.cov2 is None else rates(_swapped(inject))

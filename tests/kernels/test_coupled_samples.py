@@ -81,14 +81,14 @@ def test_too_few_steps_are_not_a_missing_equilibrium(solver):
         network(1.1, solver=solver)(sequences(15), None, "ntk")
 
 
-def test_pairs_that_have_not_converged_are_an_error(monkeypatch):
+def test_pairs_that_have_not_converged_are_an_error():
     """Where the inputs' own blocks need fewer steps than their pairs, as those of equal pixels."""
-    x = jnp.stack([jnp.ones((5, 2)), -jnp.ones((5, 2)), sequences(1)[0]])
+    x = jnp.stack([jnp.ones((5, 2)), -jnp.ones((5, 2))])
     own = network(1.2, solver=Picard(max_steps=1000))
-    steps = next(k for k in range(2, 200) if _solved(x[:2], k))
+    steps = next(k for k in range(2, 200) if _solved(x, k))
     with pytest.raises(NotConvergedError, match="pairs did not converge"):
-        network(1.2, solver=Picard(max_steps=steps))(x[:2], None, ("nngp", "ntk"))
-    assert np.isfinite(own(x[:2], None, "ntk")).all()
+        network(1.2, solver=Picard(max_steps=steps))(x, None, ("nngp", "ntk"))
+    assert np.isfinite(own(x, None, "ntk")).all()
 
 
 def _solved(x, steps):
