@@ -83,10 +83,12 @@ class Anderson(Picard):
         """The damped step, less what the differences explain of the residual."""
         history = self._remember(y, found.value - y, norm, memory)
         unit = history.residual / jnp.where(norm > 0, norm, 1)[..., None]
-        along = self._newest_first(dot(history.residuals, unit), history.step)
+        along = self._newest_first(_products(history.residuals, unit), history.step)
         weights = _least_squares(history.gram, along, self.angle)
         weights = self._by_slot(weights, history.step) * norm
-        explained = jnp.sum(weights[..., None] * history.values, axis=0)
+        explained = sum(
+            w[..., None] * value for w, value in zip(weights, history.values, strict=True)
+        )
         return history.value - explained, history
 
     def _remember(self, y, residual, size, memory) -> History:
@@ -104,7 +106,7 @@ class Anderson(Picard):
 
         # Shifted by one, with the products of the newest in front, and nothing where forgotten.
         count = memory.step + 1
-        row = self._newest_first(dot(residuals, difference), count)
+        row = self._newest_first(_products(residuals, difference), count)
         gram = jnp.where(size <= GROWTH * memory.norm, memory.gram[:-1, :-1], 0)
         known = jnp.stack([kept, *(gram[i, i] > 0 for i in range(self.window - 1))])
         row = jnp.where(known, row, 0)
@@ -120,6 +122,11 @@ class Anderson(Picard):
     def _by_slot(self, newest_first: Array, count: Array) -> Array:
         """The inverse of `_newest_first`."""
         return _roll(newest_first, count % self.window)[::-1]
+
+
+def _products(vectors: Array, vector: Array) -> Array:
+    """`(window, ..., size) -> (window, ...)`, one by one: XLA:CPU is slow at all at once."""
+    return jnp.stack([dot(a, vector) for a in vectors])
 
 
 def _roll(a: Array, first: Array) -> Array:
