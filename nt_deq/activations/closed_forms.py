@@ -139,7 +139,7 @@ def sin_dual(k1: Array, k2: Array, c: Array) -> Moments:
     def half_exp(c):
         # Not k1 + k2 - 2c: a difference of near numbers is exact. Negative only by rounding.
         distance = (k1 - c) + (k2 - c)
-        return jnp.exp(-jnp.where(distance < 0, 0, distance) / 2) / 2
+        return jnp.exp(-_clip(distance, 0, None) / 2) / 2
 
     up, down = half_exp(c), half_exp(-c)
     small = jnp.exp(-(k1 + k2) / 2) * jnp.sinh(jnp.clip(c, -1, 1))

@@ -91,3 +91,28 @@ def keep(converged: Array, y: Array, otherwise: Array | float = jnp.nan) -> Arra
     """`y`, and something else where a sample has not converged."""
     spread = converged.reshape(converged.shape + (1,) * (y.ndim - converged.ndim))
     return jnp.where(spread, y, otherwise)
+
+
+@jax.custom_jvp
+def nan_unless(converged: Array, y: Array) -> Array:
+    """`keep(converged, y)` whose derivative is NaN as well where a sample has not converged.
+
+    But for a tangent or a cotangent of 0, which stays 0: who leaves a sample out of the loss gets
+    the derivative of the others.
+    """
+    return keep(converged, y)
+
+
+@nan_unless.defjvp
+def _nan_unless_jvp(primals, tangents):
+    converged, y = primals
+
+    def nan_or_zero(matvec, t):  # linear but for its NaN, so that JAX cannot transpose it
+        del matvec
+        return keep(converged, t, jnp.where(t == 0, 0, jnp.nan))
+
+    def identity(t):
+        return t
+
+    tangent = lax.custom_linear_solve(identity, tangents[1], nan_or_zero, nan_or_zero)
+    return nan_unless(converged, y), tangent

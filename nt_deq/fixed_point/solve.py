@@ -20,7 +20,7 @@ from nt_deq.fixed_point.adjoints import (
     OnFailure,
     check_on_failure,
 )
-from nt_deq.fixed_point.implicit import keep, solve_linear
+from nt_deq.fixed_point.implicit import nan_unless, solve_linear
 from nt_deq.fixed_point.picard import Picard
 from nt_deq.fixed_point.solver import (
     Evaluation,
@@ -61,8 +61,9 @@ def equilibrium(
       on_failure: what becomes of a sample without an equilibrium. `'raise'`: an error, also where
         the call is traced, by `equinox.error_if`. `'nan'`: it is NaN. `'best'`: its iterate with
         the smallest residual, unless nothing finite was seen. `None`: an error, and where the call
-        is traced NaN. The same becomes of its derivative where the backward solve fails. XLA may
-        drop a NaN on the way to the loss (`jax.nn.relu` does): do not rely on it to tell.
+        is traced NaN. A derivative that goes through a sample that is NaN is NaN, and the same
+        becomes of it where the backward solve fails. XLA may drop a NaN on the way to the loss
+        (`jax.nn.relu` does): do not rely on it to tell.
 
     Returns:
       `z*`, like `z0`.
@@ -198,7 +199,7 @@ def outcome(solution: Solution, on_failure: OnFailure, given: dict[str, Any]) ->
             ],
         )
     kept = jnp.isfinite(solution.residual) if on_failure == "best" else converged
-    return jax.tree.map(lambda z: keep(kept, z), value)
+    return jax.tree.map(partial(nan_unless, kept), value)
 
 
 _REMEDY = (

@@ -368,3 +368,18 @@ def test_a_function_may_be_seen_first_by_a_fit_or_an_adapter():
         return tinygp.GaussianProcess(kernel, x, diag=0.1).log_probability(x[:, 0])
 
     assert jnp.isfinite(log_probability(start))
+
+
+@pytest.mark.parametrize("name", ["sin", "cos"])
+def test_derivatives_at_equal_inputs_do_not_depend_on_rounding(name):
+    """`V = exp(-(k1 + k2)/2) sinh c`, or cosh, where `k1 + k2 - 2c` is a few ulp of either sign."""
+    k = np.random.default_rng(0).uniform(0.1, 20.0, 300).astype(np.float32)
+    above, below = np.nextafter(k, np.float32(np.inf)), np.nextafter(k, np.float32(0))
+    found = jax.vmap(jax.grad(lambda *args: ACTIVATIONS[name].dual(*args)[0], (0, 1, 2)))
+    fn, slope = (np.sinh, np.cosh) if name == "sin" else (np.cosh, np.sinh)
+    for c, k2 in ((above, k), (above, below), (k, below), (k, k)):
+        size = np.exp(-(k.astype(float) + k2) / 2)
+        c64 = c.astype(float)
+        expected = [-size * fn(c64) / 2, -size * fn(c64) / 2, size * slope(c64)]
+        # 2c exceeds k1 + k2 by up to 3 ulp of 20, and exp moves by half of that
+        np.testing.assert_allclose(found(k, k2, c), expected, rtol=1e-5, err_msg=name)

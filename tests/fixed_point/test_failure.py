@@ -1,5 +1,7 @@
 """What becomes of samples without an equilibrium, forward and backward, eager and traced."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from nt_deq import (
     Anderson,
     ImplicitAdjoint,
     NotConvergedError,
+    PhantomAdjoint,
     Picard,
     UnrolledAdjoint,
     adjoint_solution,
@@ -57,6 +60,31 @@ def test_on_failure_says_what_becomes_of_the_samples():
     assert np.isnan(traced(slope, u)[1]).all()
     with pytest.raises(ValueError, match="on_failure='ignore' must be one of"):
         solve(slope, u, on_failure="ignore")
+
+
+@pytest.mark.parametrize("adjoint", [ImplicitAdjoint(), PhantomAdjoint()])
+def test_a_derivative_through_a_sample_that_failed_is_not_a_number(adjoint):
+    """As the value is. Of a loss without that sample it is as if the sample were not there."""
+    slope, u = problem(0.5, 2.0)
+
+    @partial(jax.jit, static_argnums=2)
+    def gradient(factor, u, rows):
+        def loss(factor, u):
+            z = solve(factor * slope, u, adjoint=adjoint, on_failure="nan")
+            return jnp.sum(z[:rows])
+
+        return jax.grad(loss, (0, 1))(factor, u)
+
+    d_factor, d_u = gradient(1.0, u, 2)
+    assert np.isnan(d_factor)
+    assert np.isnan(d_u[1]).all()
+    np.testing.assert_array_equal(d_u[0], gradient(1.0, u, 1)[1][0])
+    assert np.isfinite(gradient(1.0, u, 1)[0])
+    _, tangent = jax.jvp(
+        lambda u: solve(slope, u, adjoint=adjoint, on_failure="nan"), (u,), (jnp.ones_like(u),)
+    )
+    assert np.isfinite(tangent[0]).all()
+    assert np.isnan(tangent[1]).all()
 
 
 def test_the_best_of_nothing_finite_is_not_a_number():
