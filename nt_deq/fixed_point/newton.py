@@ -12,12 +12,15 @@ from nt_deq.fixed_point.solver import Bounds, SteppingSolver
 
 @dataclass(frozen=True)
 class Newton(SteppingSolver):
-    """Newton's method `y ← y + (F(y) - y) / (1 - F'(y))`: 3 to 5 steps, whatever the rate.
+    """Newton's method `y ← y + (F(y) - y) / (1 - F'(y))`: 3 to 5 steps, whatever the rate,
+    from a start as near as that of a pair.
 
     For kernels whose entries are independent equations. The derivative costs nothing for a
     covariance, where it is `J = W_std² V̇` and the network's NTK needs it anyway. The sign of
-    `F(y) - y` tells on which side of `y` the root is; a step that would leave the bracket so found
-    is replaced by a plain one. Not for cells that couple entries (convolutions, pooling) nor for
+    `F(y) - y` tells on which side of `y` the root is. A step that would leave the bracket so found
+    is replaced by a plain one, and by a doubling of `y` where `F` rises faster than `y`. Of several
+    roots above the start it is to find the first: while a root has no upper bound, no step does
+    more than double `y`. Not for cells that couple entries (convolutions, pooling) nor for
     networks, where the derivative is a matrix.
     """
 
@@ -32,7 +35,7 @@ class Newton(SteppingSolver):
         return Bounds(*(jnp.broadcast_to(bound, y.shape) for bound in bounds))
 
     def propose(self, y, found, norm, memory):
-        """A Newton step where it stays inside the bracket, `F(y)` where it does not."""
+        """A Newton step where it stays inside the bracket, a safe one where it does not."""
         del norm
         assert found.slope is not None
         above = found.value > y
@@ -40,4 +43,8 @@ class Newton(SteppingSolver):
         upper = jnp.where(above, memory.upper, y)
         step = y + (found.value - y) / (1 - found.slope)
         inside = (step >= lower) & (step <= upper)
-        return jnp.where(inside, step, found.value), Bounds(lower, upper)
+        double = jnp.maximum(2 * y, found.value)
+        step = jnp.where(jnp.isinf(upper), jnp.minimum(step, double), step)
+        rising = above & (found.slope >= 1)
+        otherwise = jnp.where(rising, jnp.minimum(double, (y + upper) / 2), found.value)
+        return jnp.where(inside, step, otherwise), Bounds(lower, upper)

@@ -185,12 +185,17 @@ def _marginal_block(covariance, cov, args) -> Array:
 
 
 def _rates(cell, slim, cov) -> Array:
-    """Largest eigenvalue of `L` for every input and itself, by power iteration."""
+    """Largest eigenvalue of `L` for every input and itself, by power iteration.
+
+    Infinite where `L` is not the derivative of the NNGP map: neural-tangents says that a φ that
+    jumps has no derivative, but what it does to near states has no bound.
+    """
 
     def rate(cov, mask):
         block = cov[None, None]
         k = slim.slice(slice(0, 1), slice(0, 1)).replace(
             cov1=cov[None], cov2=cov[None], nngp=block, ntk=jnp.zeros_like(block),
+            x1_is_x2=jnp.array(True),  # Dropout adds to the covariance of an input with itself
             mask1=None if mask is None else mask[None],
             mask2=None if mask is None else mask[None],
         )  # fmt: skip
@@ -204,7 +209,11 @@ def _rates(cell, slim, cov) -> Array:
 
         steps = _POWER_STEPS if cov.ndim else 1
         start = jnp.ones_like(block), jnp.zeros((), cov.dtype)
-        return lax.fori_loop(0, steps, power, start)[1]
+        largest = lax.fori_loop(0, steps, power, start)[1]
+        near = (1 - 4 * rounding(cov.dtype)) * block
+        moved = jax.jvp(lambda c: cell(k.replace(nngp=c, ntk=None)).nngp, (near,), (block,))[1]
+        jumps = jnp.max(jnp.abs(moved)) > 1.1 * jnp.max(jnp.abs(linear(block)))
+        return jnp.where(jumps, jnp.inf, largest)
 
     cov, mask = lax.stop_gradient((cov, slim.mask1))
     return jax.vmap(rate, in_axes=(0, None if mask is None else 0))(cov, mask)

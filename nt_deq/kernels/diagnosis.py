@@ -121,6 +121,12 @@ def raise_unless_cell_solved(
         unstable = gone | (solved & ~(rate < 1 - rounding(dtype)))
         if not (solved | gone).all():
             unstable |= ~solved & ~(rate < 1) & (np.asarray(large_rates()[i]) >= 1)
+        if np.isposinf(rate[unstable]).any():
+            raise NoEquilibriumError(
+                "FixedPoint: a nonlinearity of the cell jumps, as stax.Sign does: states that are "
+                "near end far apart, so that the network has no stable equilibrium, whatever W_std "
+                "is; use one that is continuous, such as stax.Erf."
+            )
         if unstable.any():
             raise NoEquilibriumError(
                 f"FixedPoint: the cell's kernel contracts at the rate {rate[unstable][0]:.6g}, "

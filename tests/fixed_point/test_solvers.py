@@ -1,4 +1,4 @@
-"""The iterations for finite networks, against closed forms and each other."""
+"""The solvers, against closed forms and each other."""
 
 from dataclasses import replace
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax import random
 
-from nt_deq import Anderson, Broyden, Picard, find_equilibrium
+from nt_deq import Anderson, Broyden, Newton, Picard, find_equilibrium
+from nt_deq.fixed_point.solver import Bounds, Evaluation
 
 ITERATIONS = [Picard(), Picard(damping=0.3), Anderson(), Anderson(damping=0.3), Broyden()]
 
@@ -142,3 +143,17 @@ def test_the_tolerance_is_what_was_asked_for():
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("start", [0.1, 1.5, 1.6, 3.0])
+def test_newton_finds_the_first_root_above_its_start(start):
+    """Those of `y = y + sin(y)/10` are the multiples of π; where F' is near 1, a step is long."""
+    y = jnp.array([start])
+
+    def fn(y, args):
+        del args
+        return Evaluation(y + jnp.sin(y) / 10, y, 1 + jnp.cos(y) / 10)
+
+    solution, _ = Newton().solve_entries(fn, y, None, Bounds(y, jnp.full_like(y, jnp.inf)))
+    assert solution.converged.all()
+    np.testing.assert_allclose(solution.value, jnp.pi, rtol=1e-5)

@@ -414,6 +414,37 @@ def test_no_equilibrium(name):
     assert np.isnan(traced.ntk).all()
 
 
+def test_dropout_counts_for_the_existence_of_an_equilibrium():
+    """At W_std 1.05 the rate W_std² E[φ'²]/keep is 1.2, though W_std² E[φ'²] is .6."""
+    x = 0.3 * random.normal(random.key(0), (3, 10))
+
+    def solve(W_std, x2=None):
+        cell = stax.serial(stax.Erf(), stax.Dropout(0.5), stax.Dense(WIDTH, W_std))
+        return stax.FixedPoint(cell, DENSE)[2](x, x2, ("nngp", "ntk"))
+
+    for x2 in (None, x[:2]):
+        with pytest.raises(
+            NoEquilibriumError, match="must be below 1, and is not for 3 rows of x1"
+        ):
+            solve(1.05, x2)
+    assert (jnp.diag(solve(0.6).ntk) > jnp.diag(solve(0.6).nngp)).all()
+
+
+@pytest.mark.parametrize("W_std", [0.1, 0.9])
+def test_a_cell_that_jumps_has_no_equilibrium(W_std):
+    """Also where it is one of two branches, and with space."""
+    x = random.normal(random.key(0), SEQUENCES)
+    conv = stax.Conv(WIDTH, (3,), padding="SAME", W_std=W_std)
+    both = stax.parallel(stax.serial(stax.Sign(), conv), stax.serial(stax.Erf(), conv))
+    cells = (
+        stax.serial(stax.Sign(), conv),
+        stax.serial(stax.FanOut(2), both, stax.FanInSum()),
+    )
+    for cell in cells:
+        with pytest.raises(NoEquilibriumError, match="a nonlinearity of the cell jumps"):
+            stax.FixedPoint(cell, conv)[2](x)
+
+
 def test_numbers_that_are_none_or_too_large_are_called_so():
     kernel_fn = stax.FixedPoint(stax.serial(stax.Relu(), stax.Dense(1, 0.8)), stax.Dense(1))[2]
     x = jnp.ones((3, 2))

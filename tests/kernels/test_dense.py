@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from marks import slow_except
 from neural_tangents import stax as nt_stax
+from scipy import optimize
 
 from nt_deq import (
     KernelSolution,
@@ -432,7 +433,7 @@ def test_too_few_steps_is_an_error():
     with pytest.raises(NotConvergedError, match="not converged after 1 steps of Picard"):
         deq_kernel(x / 100, W_std=1.3, activation="erf", solver=Picard(max_steps=1))  # J(S) > 1
     with pytest.raises(NotConvergedError, match=r"pairs have not converged after 2 steps"):
-        deq_kernel(x, W_std=1.3, solver=Newton(max_steps=2))  # enough for the variances
+        deq_kernel(x, W_std=0.9, solver=Newton(max_steps=2))  # enough for the variances
     traced = jax.jit(lambda w: deq_kernel(x, W_std=w, solver=few))(1.3)
     assert np.isnan(traced.nngp).all()
 
@@ -480,3 +481,18 @@ def test_integers_and_mixed_dtypes_are_promoted(x64):
 
 def test_every_activation_is_tested():
     assert set(SETTINGS) == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("W_std", [1.005, 1.05, 1.5])
+def test_verdicts_of_small_inputs_above_the_critical_weights(x64, W_std):
+    """sin: E[φ²] = (1 - e^{-2k})/2, so that K* and J are known without a solver of ours."""
+
+    def exists(s):
+        k = optimize.brentq(lambda k: s - W_std**2 * np.expm1(-2 * k) / 2 - k, s, s + W_std**2)
+        return W_std**2 * (1 + np.exp(-2 * k)) / 2 < 1
+
+    solve = jax.jit(lambda x: deq_kernel(x, W_std=W_std, activation="sin").converged)
+    x = np.geomspace(1e-6, 3.0, 60)[:, None]
+    np.testing.assert_array_equal(np.diag(solve(x)), [exists(s) for s in x[:, 0] ** 2])
+    with pytest.raises(NoEquilibriumError, match=r"must be below 1, and is not for row 0"):
+        deq_kernel(x[:1], W_std=W_std, activation="sin")
