@@ -12,10 +12,9 @@ from nt_deq.fixed_point.solver import Bounds, SteppingSolver
 
 @dataclass(frozen=True)
 class Newton(SteppingSolver):
-    """Newton's method `y ← y + (F(y) - y) / (1 - F'(y))`: 3 to 5 steps, whatever the rate,
-    from a start as near as that of a pair.
+    """Newton's method `y ← y + (F(y) - y) / (1 - F'(y))`: 3 to 5 steps, whatever the rate.
 
-    For kernels whose entries are independent equations. The derivative costs nothing for a
+    So many from a start as near as that of a pair. For kernels whose entries are independent equations. The derivative costs nothing for a
     covariance, where it is `J = W_std² V̇` and the network's NTK needs it anyway. The sign of
     `F(y) - y` tells on which side of `y` the root is. A step that would leave the bracket so found
     is replaced by a plain one, and by a doubling of `y` where `F` rises faster than `y`. Of several
