@@ -14,13 +14,13 @@ from nt_deq.fixed_point.solver import Bounds, SteppingSolver
 class Newton(SteppingSolver):
     """Newton's method `y ← y + (F(y) - y) / (1 - F'(y))`: 3 to 5 steps, whatever the rate.
 
-    So many from a start as near as that of a pair. For kernels whose entries are independent equations. The derivative costs nothing for a
-    covariance, where it is `J = W_std² V̇` and the network's NTK needs it anyway. The sign of
-    `F(y) - y` tells on which side of `y` the root is. A step that would leave the bracket so found
-    is replaced by a plain one, and by a doubling of `y` where `F` rises faster than `y`. Of several
-    roots above the start it is to find the first: while a root has no upper bound, no step does
-    more than double `y`. Not for cells that couple entries (convolutions, pooling) nor for
-    networks, where the derivative is a matrix.
+    So many from a start as near as that of a pair. For kernels whose entries are independent
+    equations. The derivative costs nothing for a covariance, where it is `J = W_std² V̇` and the
+    network's NTK needs it anyway. The sign of `F(y) - y` tells on which side of `y` the root is. A
+    step that would leave the bracket so found is replaced by a plain one, and by a doubling of `y`
+    where `F` rises faster than `y`. Of several roots above the start it is to find the first: while
+    a root has no upper bound, no step does more than double `y`. Not for cells that couple entries
+    (convolutions, pooling) nor for networks, where the derivative is a matrix.
     """
 
     max_steps: int = 100
