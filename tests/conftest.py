@@ -1,10 +1,14 @@
-"""Fixtures shared by the tests."""
+"""Fixtures shared by the tests, and the types of what they call, which are checked."""
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
 import nt_deq  # noqa: F401  # before any test imports neural_tangents
+
+# Shapes and types of the arguments and results of every call.
+jaxtyping.install_import_hook(["nt_deq.activations", "nt_deq.theory"], "typecheck.checked")
 
 
 @pytest.fixture
@@ -23,3 +27,11 @@ def dtype(request):
     jax.config.update("jax_enable_x64", request.param == "float64")
     yield np.dtype(request.param)
     jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture
+def unchecked():
+    """Arguments of wrong shapes and types reach the function, for the error that it raises."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -14,34 +14,36 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.special import erf
+from jaxtyping import Float
 
-Moments = tuple[Array, Array]
+Batch = Float[Array, "*#batch"]  # elementwise: shapes that broadcast
+Moments = tuple[Batch, Batch]
 
 
-def _clip(x: Array, lower: float | None, upper: float | None) -> Array:
+def _clip(x: Batch, lower: float | None, upper: float | None) -> Batch:
     """Clips a value that leaves its range by rounding alone; the derivative stays that of `x`."""
     return x + lax.stop_gradient(jnp.clip(x, lower, upper) - x)
 
 
-def _sqrt(x: Array) -> Array:
+def _sqrt(x: Batch) -> Batch:
     """√x with derivative 0 at 0, where the true one is infinite."""
     zero = x <= 0  # written so that NaN stays NaN
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
-def _determinant(k1: Array, k2: Array, c: Array) -> Array:
+def _determinant(k1: Batch, k2: Batch, c: Batch) -> Batch:
     """`k1 k2 - c²`, at least 0."""
     return _clip(k1 * k2 - c * c, 0, None)
 
 
-def _sine(rho: Array) -> Array:
+def _sine(rho: Batch) -> Batch:
     """√(1-ρ²), and 0 where a Gram matrix of this dtype does not tell ρ from ±1."""
     square = (1 - rho) * (1 + rho)
     return _sqrt(jnp.where(square <= 16 * jnp.finfo(rho.dtype).eps, 0, square))
 
 
 @jax.custom_jvp
-def _arc_cosine(rho: Array) -> Moments:
+def _arc_cosine(rho: Batch) -> Moments:
     """The arc-cosine kernels `κ0, κ1` of degree 0 and 1 (Cho & Saul 2009)."""
     sine = _sine(rho)
     angle = jnp.arctan2(sine, -rho) / jnp.pi  # (π - arccos ρ)/π
@@ -58,13 +60,13 @@ def _arc_cosine_jvp(primals, tangents):
     return (k0, k1), (slope * d_rho, k0 * d_rho)
 
 
-def piecewise_linear(negative: float, positive: float, z: Array) -> Array:
+def piecewise_linear(negative: float, positive: float, z: Batch) -> Batch:
     """`φ(z) = positive · max(z, 0) + negative · min(z, 0)`."""
     return positive * jnp.maximum(z, 0) + negative * jnp.minimum(z, 0)
 
 
 def piecewise_linear_dual(
-    negative: float, positive: float, k1: Array, k2: Array, c: Array
+    negative: float, positive: float, k1: Batch, k2: Batch, c: Batch
 ) -> Moments:
     """With `ρ = c/√(k1 k2)`, `bend = (positive - negative)²/2`, `product = positive · negative`.
 
@@ -78,13 +80,13 @@ def piecewise_linear_dual(
     return scale * (bend * kappa1 + product * rho), bend * kappa0 + product
 
 
-def piecewise_linear_dual_diagonal(negative: float, positive: float, k: Array) -> Moments:
+def piecewise_linear_dual_diagonal(negative: float, positive: float, k: Batch) -> Moments:
     """`V = k V̇`, and `V̇` is the mean of the squared slopes."""
     mean_square = (positive**2 + negative**2) / 2
     return mean_square * k, jnp.full_like(k, mean_square)
 
 
-def erf_dual(k1: Array, k2: Array, c: Array) -> Moments:
+def erf_dual(k1: Batch, k2: Batch, c: Batch) -> Moments:
     """`V = 2/π arctan(2c/√q)` and `V̇ = 4/(π√q)` (Williams 1997).
 
     With `q = 1 + 2(k1 + k2) + 4(k1 k2 - c²)`.
@@ -93,28 +95,28 @@ def erf_dual(k1: Array, k2: Array, c: Array) -> Moments:
     return 2 / jnp.pi * jnp.arctan2(2 * c, root), 4 / jnp.pi / root
 
 
-def erf_dual_diagonal(k: Array) -> Moments:
+def erf_dual_diagonal(k: Batch) -> Moments:
     """`erf_dual(k, k, k)`."""
     root = jnp.sqrt(1 + 4 * k)
     return 2 / jnp.pi * jnp.arctan2(2 * k, root), 4 / jnp.pi / root
 
 
-def gelu(z: Array) -> Array:
+def gelu(z: Batch) -> Batch:
     """`z Φ(z)`, with the distribution function of the standard normal."""
     return z * (1 + erf(z / jnp.sqrt(2).astype(z.dtype))) / 2
 
 
-def gelu_dual(k1: Array, k2: Array, c: Array) -> Moments:
+def gelu_dual(k1: Batch, k2: Batch, c: Batch) -> Moments:
     """As `_gelu_moments` has it."""
     return _gelu_moments(k1, k2, c, _determinant(k1, k2, c))
 
 
-def gelu_dual_diagonal(k: Array) -> Moments:
+def gelu_dual_diagonal(k: Batch) -> Moments:
     """`gelu_dual(k, k, k)`."""
     return _gelu_moments(k, k, k, jnp.zeros_like(k))
 
 
-def _gelu_moments(k1: Array, k2: Array, c: Array, determinant: Array) -> Moments:
+def _gelu_moments(k1: Batch, k2: Batch, c: Batch, determinant: Batch) -> Moments:
     """By Stein's lemma from `E[Φ(u)Φ(u')] = 1/4 + arcsin(c/√p)/2π`, with `p = (1 + k1)(1 + k2)`.
 
     `V̇` is `∂V/∂c`, and `root² = p - c²` (Tsuchida et al. 2021, "Avoiding kernel fixed points").
@@ -133,7 +135,7 @@ def _gelu_moments(k1: Array, k2: Array, c: Array, determinant: Array) -> Moments
     return v, 0.25 + (angle + tangent * rest) / (2 * jnp.pi)
 
 
-def sin_dual(k1: Array, k2: Array, c: Array) -> Moments:
+def sin_dual(k1: Batch, k2: Batch, c: Batch) -> Moments:
     """`exp(-(k1 + k2)/2) · (sinh c, cosh c)` without overflow, and exact for small `c`."""
 
     def half_exp(c):
@@ -146,18 +148,18 @@ def sin_dual(k1: Array, k2: Array, c: Array) -> Moments:
     return jnp.where(jnp.abs(c) < 1, small, up - down), up + down
 
 
-def sin_dual_diagonal(k: Array) -> Moments:
+def sin_dual_diagonal(k: Batch) -> Moments:
     """`sin_dual(k, k, k)`."""
     return -jnp.expm1(-2 * k) / 2, (1 + jnp.exp(-2 * k)) / 2
 
 
-def cos_dual(k1: Array, k2: Array, c: Array) -> Moments:
+def cos_dual(k1: Batch, k2: Batch, c: Batch) -> Moments:
     """That of its derivative, `-sin`, exchanged."""
     sinh, cosh = sin_dual(k1, k2, c)
     return cosh, sinh
 
 
-def cos_dual_diagonal(k: Array) -> Moments:
+def cos_dual_diagonal(k: Batch) -> Moments:
     """`cos_dual(k, k, k)`."""
     moment, slope_moment = sin_dual_diagonal(k)
     return slope_moment, moment

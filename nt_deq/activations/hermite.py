@@ -28,7 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float
 
+from nt_deq.activations.closed_forms import Batch, Moments
 from nt_deq.activations.expansion import (
     CHUNK,
     VARIANCES,
@@ -72,7 +74,7 @@ def _values(fn: Function, k: Array) -> Array:
 
     So the two sides of a kernel of inputs with themselves are one computation to the compiler.
     """
-    return fn(jnp.sqrt(k).reshape(-1, 1) * rule_of(k.dtype).nodes.astype(k.dtype))
+    return fn(jnp.sqrt(k).reshape(-1, 1) * rule_of(k.dtype).nodes[None].astype(k.dtype))
 
 
 def _apply(rows: Array, values: Array) -> Array:
@@ -86,7 +88,7 @@ def _integrate(values: Array) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def mean(fn: Function, k: Array) -> Array:
+def mean(fn: Function, k: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """`E[fn(√k g)]` for `g ~ N(0, 1)`, elementwise."""
     return _integrate(_values(fn, k)).reshape(k.shape)
 
@@ -97,7 +99,7 @@ def _mean_jvp(fn, primals, tangents):
     return mean(fn, k), mean(Derivative(Derivative(fn)), k) / 2 * dk
 
 
-def dual_diagonal(fn: Function, k: Array) -> tuple[Array, Array]:
+def dual_diagonal(fn: Function, k: Batch) -> Moments:
     """`(E[fn(u)²], E[fn'(u)²])` for `u ~ N(0, k)`, elementwise, by quadrature alone.
 
     NaN where `dual(fn, fn, k, k, k)` is.
@@ -108,7 +110,7 @@ def dual_diagonal(fn: Function, k: Array) -> tuple[Array, Array]:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def dual(f: Function, g: Function, k1: Array, k2: Array, c: Array) -> tuple[Array, Array]:
+def dual(f: Function, g: Function, k1: Batch, k2: Batch, c: Batch) -> Moments:
     """`(E[f(u) g(u')], E[f'(u) g'(u')])`, elementwise on arrays that broadcast.
 
     Args:

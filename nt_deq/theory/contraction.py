@@ -8,16 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Num
 
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
 from nt_deq.fixed_point import Picard
 from nt_deq.kernels.dense import deq_kernel, marginal_map
+from nt_deq.typing import Real
 
 Phi = str | Activation | Callable[[Array], Array]
 
 
-def global_contraction(W_std: float, activation: Phi = "relu") -> float:
+def global_contraction(W_std: Real, activation: Phi = "relu") -> Real:
     """Returns `2 · W_std · Lip(φ)`: below 1, every wide network has exactly one equilibrium.
 
     The spectral norm of `W_std/√n · W` tends to `2 · W_std` (Bai & Yin 1993), so the layer then
@@ -34,13 +37,13 @@ def global_contraction(W_std: float, activation: Phi = "relu") -> float:
 
 
 def local_contraction(
-    x: Array,
+    x: Num[ArrayLike, "n d"],
     *,
-    W_std: float,
-    U_std: float = 1.0,
-    b_std: float = 0.0,
+    W_std: Real,
+    U_std: Real = 1.0,
+    b_std: Real = 0.0,
     activation: Phi = "relu",
-) -> Array:
+) -> Float[Array, " n"]:
     """Returns `J = W_std² E[φ'(z*)²]` of every input: below 1, its equilibrium is stable.
 
     By the circular law with a variance profile, the Jacobian `W_std/√n · W diag(φ'(z*))` of a wide
@@ -71,13 +74,13 @@ def local_contraction(
 
 
 def convergence_rate(
-    x: Array,
+    x: Num[ArrayLike, "n d"],
     *,
-    W_std: float,
-    U_std: float = 1.0,
-    b_std: float = 0.0,
+    W_std: Real,
+    U_std: Real = 1.0,
+    b_std: Real = 0.0,
     activation: Phi = "relu",
-) -> Array:
+) -> Float[Array, "n n"]:
     """Returns the factor by which a layer brings `K^l` closer to `K*`, for large `l`.
 
     The error of the entry `(x, x')` is multiplied by `W_std² E[φ'φ']` (Price's theorem), that of a

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Num
 
 from nt_deq.errors import ArgumentError
 
@@ -27,7 +28,7 @@ class SmallestEigenvalue(NamedTuple):
         return self.value > self.rounding
 
 
-def smallest_eigenvalue(kernel: Array | np.ndarray) -> SmallestEigenvalue:
+def smallest_eigenvalue(kernel: Num[ArrayLike, "n n"]) -> SmallestEigenvalue:
     """Computes λ_min, positive for distinct inputs and a φ that is no polynomial (Gao et al. 2023).
 
     Exceptions, for which 0 is exact: odd φ without bias on `{x, -x}`, homogeneous φ without bias on

@@ -9,25 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Float, Num
 
 from nt_deq import _checks
 from nt_deq.activations import get_activation
 from nt_deq.errors import ArgumentError
 from nt_deq.kernels.dense import multiply
 from nt_deq.theory.contraction import Phi
+from nt_deq.typing import Real
 
 
 def depth_kernels(
-    x1: Array,
-    x2: Array | None = None,
+    x1: Num[ArrayLike, "n1 d"],
+    x2: Num[ArrayLike, "n2 d"] | None = None,
     *,
     depths: Sequence[int],
     lag: int = 0,
-    W_std: float,
-    U_std: float = 1.0,
-    b_std: float = 0.0,
+    W_std: Real,
+    U_std: Real = 1.0,
+    b_std: Real = 0.0,
     activation: Phi = "relu",
-) -> Array:
+) -> Float[Array, "depths n1 _"]:
     """Returns the covariance of `z^l(x1)` and `z^(l + lag)(x2)`: of the tied network, cut short.
 
     At infinite width all layers are jointly Gaussian (Gao et al. 2023, by Yang's tensor programs),
@@ -64,14 +67,14 @@ def depth_kernels(
 
 
 def mlp_kernels(
-    x1: Array,
-    x2: Array | None = None,
+    x1: Num[ArrayLike, "n1 d"],
+    x2: Num[ArrayLike, "n2 d"] | None = None,
     *,
     depths: Sequence[int],
-    W_std: float = 2**0.5,
-    b_std: float = 0.0,
+    W_std: Real = 2**0.5,
+    b_std: Real = 0.0,
     activation: Phi = "relu",
-) -> Array:
+) -> Float[Array, "depths n1 _"]:
     """Returns the covariance of the layer `z^l` of an untied MLP, where no input is injected.
 
     `K^1 = W_std² x·x'/d + b_std²` and `K^(l+1) = W_std² E[φφ'] + b_std²` (Lee et al. 2018,
@@ -98,7 +101,7 @@ def mlp_kernels(
     return _at_depths(phi, [depth - 1 for depth in depths], W_var, injection, first)
 
 
-def mlp_correlation_gap(depth: float | Array) -> Array:
+def mlp_correlation_gap(depth: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """Returns `9π²/(2 l²)`, which `1 - ρ_l` of the infinitely wide ReLU MLP tends to.
 
     From `1 - κ₁(ρ) = (1 - ρ) - (2√2/3π) (1 - ρ)^(3/2) + …` for `W_std² = 2` without bias, whatever

@@ -6,7 +6,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Num
 from scipy import special
 
 from nt_deq.errors import ArgumentError
@@ -39,7 +40,7 @@ class Lilliefors(NamedTuple):
     null_mean: float
 
 
-def lilliefors(sample: Array | np.ndarray, *, draws: int = 2000, seed: int = 0) -> Lilliefors:
+def lilliefors(sample: Num[ArrayLike, " n"], *, draws: int = 2000, seed: int = 0) -> Lilliefors:
     """Tests whether a sample is Gaussian, its mean and variance being unknown (Lilliefors 1967).
 
     The statistic is the Kolmogorov-Smirnov distance to the Gaussian with the sample's own mean and
@@ -70,7 +71,7 @@ class Mardia(NamedTuple):
     kurtosis: GaussianityTest
 
 
-def mardia(sample: Array | np.ndarray) -> Mardia:
+def mardia(sample: Num[ArrayLike, "n d"]) -> Mardia:
     """Tests whether vectors are jointly Gaussian, of any mean and covariance (Mardia 1970).
 
     p-values are those of large samples: `n b₁/6 ~ χ²(d(d+1)(d+2)/6)`, and `b₂ - d(d+2)` over
@@ -95,7 +96,9 @@ def mardia(sample: Array | np.ndarray) -> Mardia:
     )
 
 
-def covariance_test(sample: Array | np.ndarray, covariance: Array | np.ndarray) -> GaussianityTest:
+def covariance_test(
+    sample: Num[ArrayLike, "n d"], covariance: Num[ArrayLike, "d d"]
+) -> GaussianityTest:
     """Tests whether Gaussian vectors of mean 0 have a given covariance, by the likelihood ratio.
 
     `n (tr Σ⁻¹C - ln det Σ⁻¹C - d) ~ χ²(d(d+1)/2)` for large samples, `C` being the sample's second

@@ -320,6 +320,7 @@ def test_activations_of_one_formula_are_equal_and_compile_once():
     assert piecewise_linear("x", 0, 1) == ACTIVATIONS["relu"] != piecewise_linear("relu", 0.0, 2.0)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "transform", [jax.jit, jax.grad, lambda f: lambda a: jax.vmap(f)(jnp.array([a]))]
 )

@@ -230,6 +230,7 @@ def test_each_test_rejects_what_it_is_for():
     assert theory.covariance_test(gaussian, 1.1 * np.eye(2)).p_value < 1e-3
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
