@@ -30,7 +30,7 @@ def by_trapezoids(fn, k1, k2, rho):
     u = np.sqrt(k1) * a
     v = np.sqrt(k2) * (rho * a + np.sqrt(1 - rho**2) * b)
     weight = np.exp(-(a**2 + b**2) / 2) * 0.04**2 / (2 * np.pi)
-    return np.sum(weight * np.asarray(fn(u)) * np.asarray(fn(v)))
+    return np.sum(weight * np.asarray(fn(jnp.asarray(u))) * np.asarray(fn(jnp.asarray(v))))
 
 
 def by_angle(fn, rho, power):
@@ -192,6 +192,7 @@ def test_homogeneity_is_what_it_says(x64, name):
     assert np.allclose(scaled, 2.5 * ACTIVATIONS[name].fn(z)) == ACTIVATIONS[name].homogeneous
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_names_resolve_and_others_are_refused():
     assert get_activation("relu") is ACTIVATIONS["relu"]
     assert get_activation(ACTIVATIONS["erf"]) is ACTIVATIONS["erf"]
