@@ -18,8 +18,7 @@ class Newton(SteppingSolver):
     equations. The derivative costs nothing for a covariance, where it is `J = W_std² V̇` and the
     network's NTK needs it anyway. The sign of `F(y) - y` tells on which side of `y` the root is. A
     step that would leave the bracket so found is replaced by a plain one, and by a doubling of `y`
-    where `F` rises faster than `y`. Of several roots above the start it is to find the first: while
-    a root has no upper bound, no step does more than double `y`. Not for cells that couple entries
+    where `F` rises faster than `y`. Not for cells that couple entries
     (convolutions, pooling) nor for networks, where the derivative is a matrix.
     """
 
@@ -43,7 +42,6 @@ class Newton(SteppingSolver):
         step = y + (found.value - y) / (1 - found.slope)
         inside = (step >= lower) & (step <= upper)
         double = jnp.maximum(2 * y, found.value)
-        step = jnp.where(jnp.isinf(upper), jnp.minimum(step, double), step)
         rising = above & (found.slope >= 1)
         otherwise = jnp.where(rising, jnp.minimum(double, (y + upper) / 2), found.value)
         return jnp.where(inside, step, otherwise), Bounds(lower, upper)
