@@ -18,8 +18,8 @@ class Newton(SteppingSolver):
     equations. The derivative costs nothing for a covariance, where it is `J = W_std² V̇` and the
     network's NTK needs it anyway. The sign of `F(y) - y` tells on which side of `y` the root is. A
     step that would leave the bracket so found is replaced by a plain one, and by a doubling of `y`
-    where `F` rises faster than `y`. Not for cells that couple entries
-    (convolutions, pooling) nor for networks, where the derivative is a matrix.
+    where `F` rises faster than `y`. Not for cells that couple entries (convolutions, pooling) nor
+    for networks, where the derivative is a matrix.
     """
 
     max_steps: int = 100

@@ -433,7 +433,7 @@ def test_too_few_steps_is_an_error():
     with pytest.raises(NotConvergedError, match="not converged after 1 steps of Picard"):
         deq_kernel(x / 100, W_std=1.3, activation="erf", solver=Picard(max_steps=1))  # J(S) > 1
     with pytest.raises(NotConvergedError, match=r"pairs have not converged after 2 steps"):
-        deq_kernel(x, W_std=0.9, solver=Newton(max_steps=2))  # enough for the variances
+        deq_kernel(x, W_std=1.3, solver=Newton(max_steps=2))  # enough for the variances
     traced = jax.jit(lambda w: deq_kernel(x, W_std=w, solver=few))(1.3)
     assert np.isnan(traced.nngp).all()
 
