@@ -1,5 +1,6 @@
 """What holds of the kernel for every input: of any norm, twice, opposite, zero."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -34,7 +35,7 @@ def problems(draw, names=("relu", "leaky_relu", "abs", "erf", "gelu", "sin"), la
     activation = draw(st.sampled_from(names))
     bound = 0.5 / ACTIVATIONS[activation].lipschitz  # of the theorem: W_std Lip < 1/2
     if ACTIVATIONS[activation].homogeneous:
-        bound = float(ACTIVATIONS[activation].dual_diagonal(np.ones(()))[1]) ** -0.5
+        bound = float(ACTIVATIONS[activation].dual_diagonal(jnp.ones(()))[1]) ** -0.5
     return x.astype(np.float32), dict(
         W_std=bound * draw(st.floats(0, 0.99)),
         U_std=draw(st.floats(0.1, 10)),
