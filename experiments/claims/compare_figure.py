@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.claims.compare_analysis import Comparison, Ensemble
 from experiments.lib.data import Dataset
 from experiments.lib.figures import draw_fit, draw_networks, log_ticks, time_axis, width_colours
 from experiments.lib.report import BLACK, RED
+
+if TYPE_CHECKING:
+    from experiments.claims.compare import Comparison
 
 
 def draw(plt: Any, data: Dataset, comparison: Comparison) -> Any:
@@ -24,11 +26,6 @@ def draw(plt: Any, data: Dataset, comparison: Comparison) -> Any:
     return figure
 
 
-def describe(e: Ensemble) -> str:
-    """As in `8 networks of width 64`."""
-    return f"{e.distances.shape[1]} networks of width {e.width}"
-
-
 def _draw_losses(plt: Any, axes: Any, inputs: str, comparison: Comparison) -> None:
     t = comparison.times
     for ax, title, attribute in (
@@ -38,13 +35,13 @@ def _draw_losses(plt: Any, axes: Any, inputs: str, comparison: Comparison) -> No
         for e, colour in zip(
             comparison.ensembles, width_colours(plt, comparison.ensembles), strict=True
         ):
-            mse = getattr(e, attribute)
+            mse = e.numbers[attribute]
             mean, std = mse.mean(1), mse.std(1, ddof=1)
             # A band of logarithms: it stays above 0.
             spread = np.exp(std / mean)
             ax.fill_between(t, mean / spread, mean * spread, color=colour, alpha=0.35, lw=0)
-            ax.plot(t, mean, color=colour, lw=1, label=f"width {e.width}: mean ± std")
-        limit = getattr(comparison, f"limit_{attribute}")
+            ax.plot(t, mean, color=colour, lw=1, label=f"width {e.name}: mean ± std")
+        limit = comparison.limit_mse[attribute]
         ax.plot(t, limit, color=BLACK, lw=1.8, ls="--", label="infinite width (NTK)")
         ax.set_yscale("log")
         time_axis(ax, t)
@@ -55,8 +52,8 @@ def _draw_losses(plt: Any, axes: Any, inputs: str, comparison: Comparison) -> No
 
 
 def _draw_distances(plt: Any, ax: Any, comparison: Comparison) -> None:
-    widths = [e.width for e in comparison.ensembles]
-    distances = [e.distances[-1] for e in comparison.ensembles]
+    widths = [int(e.name) for e in comparison.ensembles]
+    distances = [e.numbers["distances"][-1] for e in comparison.ensembles]
     draw_networks(ax, widths, distances, width_colours(plt, widths))
     fit = comparison.fits[-1]
     draw_fit(ax, widths, fit, f"fit: slope {fit}", "theory: slope −1/2")
@@ -68,7 +65,7 @@ def _draw_distances(plt: Any, ax: Any, comparison: Comparison) -> None:
 
 def _draw_scores(plt: Any, figure: Any, data: Dataset, comparison: Comparison) -> None:
     """Four held-out inputs: their pictures, if they are images, above the scores of all classes."""
-    limit, e = comparison.ntk, comparison.ensembles[-1]
+    limit, e = comparison.limits["ntk"], comparison.ensembles[-1]
     colour = width_colours(plt, comparison.ensembles)[-1]
     ranked = np.sort(limit.mean, axis=1)
     by_margin = np.argsort(ranked[:, -1] - ranked[:, -2])
@@ -87,7 +84,7 @@ def _draw_scores(plt: Any, figure: Any, data: Dataset, comparison: Comparison) -
         ax.axvspan(data.y_test[row] - 0.5, data.y_test[row] + 0.5, color="#eeeeee", zorder=0)
         for mean, std, shift, style in (
             (limit.mean, limit.std, -0.15, {"fmt": "s", "color": BLACK, "label": "infinite width"}),
-            (e.mean, e.std, 0.15, {"fmt": "o", "color": colour, "label": describe(e)}),
+            (e.mean, e.std, 0.15, {"fmt": "o", "color": colour, "label": e.networks}),
         ):
             std = np.broadcast_to(std, mean.shape)
             ax.errorbar(classes + shift, mean[row], std[row], ms=4, lw=1.4, **style)
@@ -114,7 +111,7 @@ def _draw_scores(plt: Any, figure: Any, data: Dataset, comparison: Comparison) -
 
 def _draw_regression(plt: Any, figure: Any, data: Dataset, comparison: Comparison) -> None:
     """Every held-out input, by what the infinitely wide network predicts: the first target."""
-    limit, e = comparison.ntk, comparison.ensembles[-1]
+    limit, e = comparison.limits["ntk"], comparison.ensembles[-1]
     colour = width_colours(plt, comparison.ensembles)[-1]
     order = np.argsort(limit.mean[:, 0])
     rank, mean, std = np.arange(len(order)), limit.mean[order, 0], limit.std[order, 0]
@@ -124,7 +121,7 @@ def _draw_regression(plt: Any, figure: Any, data: Dataset, comparison: Compariso
     ax.plot(rank, mean, color=BLACK, label="infinite width: mean ± std over initialisations")
     ax.errorbar(
         rank, e.mean[order, 0], e.std[order, 0], fmt="o", ms=3, lw=0.8, color=colour,
-        label=describe(e),
+        label=e.networks,
     )  # fmt: skip
     ax.set_xlim(-1, len(order))
     ax.set_xlabel(f"held-out {data.name_of_inputs}, by the prediction at infinite width")

@@ -19,7 +19,6 @@ from experiments.lib import launch, random_networks, report
 from experiments.lib.launch import flag
 from experiments.lib.random_networks import ACTIVATIONS, relative_error
 from experiments.lib.workdir import Workdir
-from nt_deq.errors import InputError
 
 PUBLISHED = {"tanh": 5.5e-5, "relu": 3.2e-6}  # at width 1000, of the mean over 10⁴ networks
 FULL = {
@@ -38,17 +37,9 @@ class Settings(random_networks.Settings):
     mean_width: int = flag(256, "width of the networks whose covariances are averaged", at_least=1)
     networks: int = flag(1000, "how many are averaged", at_least=2)
     widths: tuple[int, ...] = flag(
-        (32, 64, 128, 256, 512, 1024), "widths of the single networks", at_least=2
+        (32, 64, 128, 256, 512, 1024), "widths of the single networks", at_least=2, different=3
     )
     repeats: int = flag(12, "single networks of each width", at_least=2)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(set(self.widths)) < max(3, len(self.widths)):
-            raise InputError(
-                f"--widths={launch.format_value(self.widths)} has to be at least three different "
-                "widths: a slope is fitted."
-            )
 
 
 def measure(settings: Settings, workdir: Workdir, activation: str) -> dict[str, Any]:
@@ -157,6 +148,7 @@ def main(settings: Settings, workdir: Workdir) -> None:
         for activation, f in found.items()
         for w, e in zip(f["widths"], f["single_errors"], strict=True)
     ]
+    header = ("activation", "width", "mean relative squared error", "its standard deviation")
     report.write_claims(
         workdir,
         "covariance",
@@ -166,19 +158,13 @@ def main(settings: Settings, workdir: Workdir) -> None:
         "`‖C - Σ*‖²/‖Σ*‖²` in Frobenius norm.",
         caption="Left and middle: every entry of the mean covariance against the same of Σ*. "
         "Right: single networks of growing width.",
-        settings=dataclasses.asdict(settings),
+        settings=settings,
         claims=_claims(settings, found),
         numbers={"published": PUBLISHED, "measured": found},
-        tables=[
-            report.Table(
-                ("activation", "width", "mean relative squared error", "its standard deviation"),
-                rows,
-                "Single networks",
-            )
-        ],
+        sections={"Single networks": report.table(header, rows)},
         draw=lambda plt: _draw(settings, found, plt),
     )
 
 
 if __name__ == "__main__":
-    launch.main(Settings, main, {"full": FULL})
+    launch.main(Settings, main, FULL)

@@ -10,14 +10,14 @@ results.json, dynamics.png and report.md to --workdir.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from experiments.lib import ensembles, figures, infinite, launch, report
+from experiments.lib import ensembles, figures, launch, report
 from experiments.lib.data import Dataset
 from experiments.lib.launch import flag
 from experiments.lib.report import PowerLaw
@@ -33,7 +33,9 @@ class Settings(ensembles.Settings):
 
     n_train: int = flag(64, "training inputs, drawn at random", at_least=2)
     n_test: int = flag(200, "test inputs, drawn at random", at_least=1)
-    widths: tuple[int, ...] = flag((64, 128, 256), "widths of the finite networks", at_least=1)
+    widths: tuple[int, ...] = flag(
+        (64, 128, 256), "widths of the finite networks", at_least=1, different=2
+    )
     steps: int = flag(
         32, "steps of gradient descent; the training time is learning_rate · steps", at_least=1
     )
@@ -51,33 +53,13 @@ class Settings(ensembles.Settings):
 
 
 @dataclass(frozen=True)
-class Ensemble:
-    """What was measured of the networks of one width.
-
-    Attributes:
-      loss, closed_form_loss: `½ mean (f - y)²` on the training inputs, `(steps, seeds)`.
-      loss_deviation: `|loss / closed_form_loss - 1|`, `(steps, seeds)`.
-      distance: RMS over held-out inputs and outputs from the closed form, `(steps, seeds)`.
-      ntk_drift: `‖Θₜ - Θ₀‖/‖Θ₀‖` in Frobenius norm, `(steps, seeds)`.
-      ntk_error: `‖Θ₀ - Θ*‖/‖Θ*‖`, `(seeds,)`.
-    """
-
-    loss: np.ndarray
-    closed_form_loss: np.ndarray
-    loss_deviation: np.ndarray
-    distance: np.ndarray
-    ntk_drift: np.ndarray
-    ntk_error: np.ndarray
-
-
-@dataclass(frozen=True)
 class Dynamics:
     """All that is reported; the fits at steps are after every recorded step but 0.
 
     Attributes:
       steps: recorded.
       times: learning rate times these.
-      ensembles: by increasing width.
+      ensembles: by increasing width, what `_measure_width` returned.
       loss_fit: of the largest deviation of a network's loss over all steps.
       distance_fits, drift_fits: at steps.
       widest_fit: of the distance after the last step, of the two largest widths alone.
@@ -87,7 +69,7 @@ class Dynamics:
 
     steps: list[int]
     times: np.ndarray
-    ensembles: dict[int, Ensemble]
+    ensembles: dict[int, Arrays]
     loss_fit: PowerLaw
     distance_fits: list[PowerLaw]
     drift_fits: list[PowerLaw]
@@ -96,52 +78,51 @@ class Dynamics:
     ntk_fit: PowerLaw
 
 
-def _norm(matrices: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.square(matrices).sum((-2, -1)))
+def _measure_width(data: Dataset, steps: list[int], limit: Arrays, trained: Arrays) -> Arrays:
+    """What networks of one width have done.
+
+    Returns:
+      `loss`, `closed_form_loss`: `½ mean (f - y)²` on the training inputs, `(steps, seeds)`;
+      `loss_deviation`: `|loss / closed_form_loss - 1|`, `(steps, seeds)`;
+      `distance`: RMS over held-out inputs and outputs from the closed form, `(steps, seeds)`;
+      `ntk_drift`: `‖Θₜ - Θ₀‖/‖Θ₀‖` in Frobenius norm, `(steps, seeds)`;
+      `ntk_error`: `‖Θ₀ - Θ*‖/‖Θ*‖`, `(seeds,)`.
+    """
+    outputs, expected, distance = ensembles.beside_limit(data, steps, limit, trained)
+    n, ntk = len(data.y_train), trained["ntk"].astype(np.float64)
+    loss, closed_form_loss = (
+        np.square(f[:, :, :n] - data.targets_train).mean((2, 3)) / 2 for f in (outputs, expected)
+    )
+    count = ntk.shape[-1]
+    theta = limit["ntk_train_train"][:count, :count].astype(np.float64)
+    norm = partial(np.linalg.norm, axis=(-2, -1))
+    return {
+        "loss": loss,
+        "closed_form_loss": closed_form_loss,
+        "loss_deviation": np.abs(loss / closed_form_loss - 1),
+        "distance": distance,
+        "ntk_drift": norm(ntk - ntk[0]) / norm(ntk[0]),
+        "ntk_error": norm(ntk[0] - theta) / np.linalg.norm(theta),
+    }
 
 
 def measure(
     data: Dataset, steps: list[int], limit: Arrays, networks: Mapping[int, Arrays]
 ) -> Dynamics:
     """Measures what `ensembles.train` returned, at the recorded `steps`."""
-    n = len(data.y_train)
-
-    def ensemble(trained: Arrays) -> Ensemble:
-        outputs, ntk = (trained[name].astype(np.float64) for name in ("outputs", "ntk"))
-        expected = infinite.from_start(limit, data.targets_train, outputs[0], steps)
-        loss, closed_form_loss = (
-            np.square(f[:, :, :n] - data.targets_train).mean((2, 3)) / 2
-            for f in (outputs, expected)
-        )
-        count = ntk.shape[-1]
-        theta = limit["ntk_train_train"][:count, :count].astype(np.float64)
-        return Ensemble(
-            loss=loss,
-            closed_form_loss=closed_form_loss,
-            loss_deviation=np.abs(loss / closed_form_loss - 1),
-            distance=np.sqrt(np.square(outputs - expected)[:, :, n:].mean((2, 3))),
-            ntk_drift=_norm(ntk - ntk[0]) / _norm(ntk[0]),
-            ntk_error=_norm(ntk[0] - theta) / _norm(theta),
-        )
-
-    found = {width: ensemble(trained) for width, trained in networks.items()}
-    widths, last = list(found), len(steps) - 1
-
-    def fit(values, among=slice(None)):  # a point a network
-        points = [(width, v) for width in widths[among] for v in values(found[width])]
-        return report.fit_power_law(*zip(*points, strict=True))
-
-    means = [found[width].distance[-1].mean() for width in widths]
+    found = {width: _measure_width(data, steps, limit, of) for width, of in networks.items()}
+    widths, fit, fits = list(found), ensembles.fit_by_width, ensembles.fits_at_steps
+    means = [found[width]["distance"][-1].mean() for width in widths]
     return Dynamics(
         steps=steps,
         times=float(limit["learning_rate"]) * np.asarray(steps),
         ensembles=found,
-        loss_fit=fit(lambda e: e.loss_deviation.max(0)),
-        distance_fits=[fit(lambda e, i=i: e.distance[i]) for i in range(1, last + 1)],
-        drift_fits=[fit(lambda e, i=i: e.ntk_drift[i]) for i in range(1, last + 1)],
-        widest_fit=fit(lambda e: e.distance[-1], slice(-2, None)),
+        loss_fit=fit({width: e["loss_deviation"].max(0) for width, e in found.items()}),
+        distance_fits=fits({width: e["distance"] for width, e in found.items()}),
+        drift_fits=fits({width: e["ntk_drift"] for width, e in found.items()}),
+        widest_fit=fit({width: found[width]["distance"][-1] for width in widths[-2:]}),
         local_slopes=(np.diff(np.log(means)) / np.diff(np.log(widths))).tolist(),
-        ntk_fit=fit(lambda e: e.ntk_error),
+        ntk_fit=fit({width: e["ntk_error"] for width, e in found.items()}),
     )
 
 
@@ -150,11 +131,11 @@ def _falls_as_root(fit: PowerLaw) -> bool:
 
 
 def _claims(found: Dynamics) -> list[report.Claim]:
-    ensembles, fits, drifts = found.ensembles, found.distance_fits, found.drift_fits
-    widths = list(ensembles)
-    narrow, wide = ensembles[widths[0]], ensembles[widths[-1]]
-    largest = [e.loss_deviation.max(0).mean() for e in ensembles.values()]
-    by_step = [e.loss_deviation[1:].mean(1) for e in (narrow, wide)]
+    of_width, fits, drifts = found.ensembles, found.distance_fits, found.drift_fits
+    widths = list(of_width)
+    narrow, wide = of_width[widths[0]], of_width[widths[-1]]
+    largest = [e["loss_deviation"].max(0).mean() for e in of_width.values()]
+    by_step = [e["loss_deviation"][1:].mean(1) for e in (narrow, wide)]
     missing = [step for step, f in zip(found.steps[1:], fits, strict=True) if not _falls_as_root(f)]
     where = f"not so after step {', '.join(map(str, missing))}" if missing else "so after all"
     local = ", ".join(f"{slope:.2f}".replace("-", "−") for slope in found.local_slopes)
@@ -179,17 +160,17 @@ def _claims(found: Dynamics) -> list[report.Claim]:
         report.Claim(
             "The empirical NTK drifts during training by a relative distance that falls with width,"
             " between width^−1/2 and width^−1, at every t.",
-            f"At width {widths[-1]} it drifts by {wide.ntk_drift[-1].mean():.2%}, at width "
-            f"{widths[0]} by {narrow.ntk_drift[-1].mean():.1%}; slope {drifts[-1]} "
+            f"At width {widths[-1]} it drifts by {wide['ntk_drift'][-1].mean():.2%}, at width "
+            f"{widths[0]} by {narrow['ntk_drift'][-1].mean():.1%}; slope {drifts[-1]} "
             f"({drifts[-1].interval}). The interval has to meet −1 … −1/2, and 0 to be above "
             "it, after every recorded step.",
             all(f.low <= -0.5 and -1 <= f.high < 0 for f in drifts),
         ),
         report.Claim(
             "The empirical NTK before training is off its limit by width^−1/2.",
-            f"By {wide.ntk_error.mean():.1%} at width {widths[-1]}, {narrow.ntk_error.mean():.0%} "
-            f"at width {widths[0]}; slope {found.ntk_fit} ({found.ntk_fit.interval}). −1/2 has to "
-            "be in the interval, and 0 above it.",
+            f"By {wide['ntk_error'].mean():.1%} at width {widths[-1]}, "
+            f"{narrow['ntk_error'].mean():.0%} at width {widths[0]}; slope {found.ntk_fit} "
+            f"({found.ntk_fit.interval}). −1/2 has to be in the interval, and 0 above it.",
             _falls_as_root(found.ntk_fit),
         ),
     ]
@@ -200,9 +181,9 @@ def _draw(found: Dynamics, plt: Any) -> Any:
     widths, t = list(found.ensembles), found.times
     colours = figures.width_colours(plt, widths)
     for (width, e), colour in zip(found.ensembles.items(), colours, strict=True):
-        axes[0, 0].plot(t, e.loss.mean(1), "o", ms=5, color=colour, label=f"width {width}")
-        axes[0, 0].plot(t, e.closed_form_loss.mean(1), color=colour, lw=1.2)
-        for ax, values in ((axes[0, 1], e.distance), (axes[0, 2], e.ntk_drift)):
+        axes[0, 0].plot(t, e["loss"].mean(1), "o", ms=5, color=colour, label=f"width {width}")
+        axes[0, 0].plot(t, e["closed_form_loss"].mean(1), color=colour, lw=1.2)
+        for ax, values in ((axes[0, 1], e["distance"]), (axes[0, 2], e["ntk_drift"])):
             ax.plot(t[1:], values[1:].mean(1), "o-", ms=4, color=colour, label=f"width {width}")
     axes[0, 0].plot([], [], color=report.BLACK, lw=1.2, label="closed form, same starts")
     axes[0, 0].set(title="Training loss, mean of networks", ylabel="½ mean squared error")
@@ -214,16 +195,15 @@ def _draw(found: Dynamics, plt: Any) -> Any:
         ax.set_yscale("log")
         figures.time_axis(ax, t)
 
-    def against_width(ax, of, fit, what, theory="", marker="o", ls="-"):
-        values = [of(e) for e in found.ensembles.values()]
-        figures.draw_networks(ax, widths, values, colours, marker)
-        figures.draw_fit(ax, widths, fit, f"{what}: slope {fit}", theory, ls)
+    def against_width(ax, of, fit, label, theory="slope −1/2", marker="o", ls="-"):
+        figures.draw_networks(ax, widths, [of(e) for e in by_width], colours, marker)
+        figures.draw_fit(ax, widths, fit, f"{label}: slope {fit}", theory, ls)
 
-    half = "slope −1/2"
-    against_width(axes[1, 0], lambda e: e.loss_deviation.max(0), found.loss_fit, "fit", half)
-    against_width(axes[1, 1], lambda e: e.distance[-1], found.distance_fits[-1], "fit", half)
-    against_width(axes[1, 2], lambda e: e.ntk_error, found.ntk_fit, "Θ₀ from Θ* (□)", half, "s")
-    against_width(axes[1, 2], lambda e: e.ntk_drift[-1], found.drift_fits[-1], "drift (○)", ls="--")
+    by_width, drift = found.ensembles.values(), found.drift_fits[-1]
+    against_width(axes[1, 0], lambda e: e["loss_deviation"].max(0), found.loss_fit, "fit")
+    against_width(axes[1, 1], lambda e: e["distance"][-1], found.distance_fits[-1], "fit")
+    against_width(axes[1, 2], lambda e: e["ntk_error"], found.ntk_fit, "Θ₀ from Θ* (□)", marker="s")
+    against_width(axes[1, 2], lambda e: e["ntk_drift"][-1], drift, "drift (○)", "", ls="--")
     axes[1, 0].set(title="Loss: largest deviation over t", ylabel="relative to the closed form")
     axes[1, 1].set(title="Distance after the last step")
     for ax in axes[:, 1]:
@@ -235,7 +215,7 @@ def _draw(found: Dynamics, plt: Any) -> Any:
     return figure
 
 
-def _tables(found: Dynamics) -> list[report.Table]:
+def _sections(found: Dynamics) -> dict[str, str]:
     slopes = [
         [str(step), f"{t:.4g}", *(cell for f in fits for cell in (str(f), f.interval))]
         for step, t, *fits in zip(
@@ -245,27 +225,21 @@ def _tables(found: Dynamics) -> list[report.Table]:
     rows = [
         [
             str(width),
-            f"{e.loss_deviation.max(0).mean():.3%}",
+            f"{e['loss_deviation'].max(0).mean():.3%}",
             *(
                 f"{v.mean():.4f} ± {v.std(ddof=1):.4f}"
-                for v in (e.distance[-1], e.ntk_drift[-1], e.ntk_error)
+                for v in (e["distance"][-1], e["ntk_drift"][-1], e["ntk_error"])
             ),
         ]
         for width, e in found.ensembles.items()
     ]
-    return [
-        report.Table(
-            ("width", "loss: largest deviation", "distance", "NTK: drift", "NTK: Θ₀ from Θ*"),
-            rows,
-            "After the last step, by width",
-            "Mean ± standard deviation over networks.",
-        ),
-        report.Table(
-            ("step", "t", "distance", "95 % interval", "drift", "95 % interval"),
-            slopes,
-            "Slopes against width, by step",
-        ),
-    ]
+    by_width = ("width", "loss: largest deviation", "distance", "NTK: drift", "NTK: Θ₀ from Θ*")
+    by_step = ("step", "t", "distance", "95 % interval", "drift", "95 % interval")
+    return {
+        "After the last step, by width": "Mean ± standard deviation over networks.\n\n"
+        + report.table(by_width, rows),
+        "Slopes against width, by step": report.table(by_step, slopes),
+    }
 
 
 def main(settings: Settings, workdir: Workdir) -> None:
@@ -285,13 +259,13 @@ def main(settings: Settings, workdir: Workdir) -> None:
         f"{settings.ntk_inputs} training {data.name_of_inputs}.",
         caption="Above: during training, means over networks. Below: against width; a point is a "
         "network, and the dotted line has the slope −1/2 of the leading order.",
-        settings=dataclasses.asdict(settings),
+        settings=settings,
         claims=_claims(found),
         numbers={"measured": found},
-        tables=_tables(found),
+        sections=_sections(found),
         draw=lambda plt: _draw(found, plt),
     )
 
 
 if __name__ == "__main__":
-    launch.main(Settings, main, {"full": FULL})
+    launch.main(Settings, main, FULL)

@@ -10,7 +10,6 @@ Writes results.json, gaussianity.png and report.md to --workdir.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,19 +36,16 @@ class Settings(random_networks.Settings):
     """The flags."""
 
     inputs_count: int = flag(3, "Gaussian inputs of 10 features, tested jointly", at_least=1)
-    widths: tuple[int, ...] = flag((10, 50, 100, 400), "widths of the networks", at_least=2)
+    widths: tuple[int, ...] = flag(
+        (10, 50, 100, 400), "widths of the networks", at_least=2, different=2
+    )
     networks: int = flag(2000, "networks of each width", at_least=50)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(set(self.widths)) < max(2, len(self.widths)):
-            raise InputError(
-                f"--widths={launch.format_value(self.widths)} has to be at least two different "
-                "widths: the narrowest is compared with the widest."
-            )
         if self.networks <= OUTPUTS * self.inputs_count:
             raise InputError(
-                f"--networks={self.networks} is too small: it has to be above "
+                f"--networks={self.networks} is too small: it must be above "
                 f"{OUTPUTS * self.inputs_count}, the size of the vectors that are tested."
             )
 
@@ -214,13 +210,13 @@ def main(settings: Settings, workdir: Workdir) -> None:
         f"{settings.inputs_count} inputs. Networks that come to no equilibrium are left out.",
         caption="Left: one output over many networks. Middle: its quantiles against those of a "
         "Gaussian. Right: the largest difference of distribution functions.",
-        settings=dataclasses.asdict(settings),
+        settings=settings,
         claims=_claims(found),
         numbers={"published": PUBLISHED, "measured": found},
-        tables=[report.Table(header, rows)],
+        sections={"At every width": report.table(header, rows)},
         draw=lambda plt: _draw(samples, found, plt),
     )
 
 
 if __name__ == "__main__":
-    launch.main(Settings, main, {"full": FULL})
+    launch.main(Settings, main, FULL)

@@ -10,7 +10,6 @@ without injection (`W_std² = 2`). Writes results.json, limits.png and report.md
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,10 +22,9 @@ from jax import lax
 from nt_deq import enable_x64, theory
 from experiments.lib import launch, random_networks, report
 from experiments.lib.launch import flag
-from experiments.lib.random_networks import ACTIVATIONS, CALL, output_moments, relative_error
+from experiments.lib.random_networks import ACTIVATIONS, by_calls, output_moments, relative_error
 from experiments.lib.workdir import Workdir
 from nt_deq._progress import progress_bar
-from nt_deq.errors import InputError
 
 DEPTHS = (1, 2, 3, 5, 10, 30)
 MLP_DEPTHS = (1, 4, 16, 64)
@@ -45,21 +43,15 @@ class Settings(random_networks.Settings):
     """The flags."""
 
     inputs_count: int = flag(5, "Gaussian inputs of 10 features", at_least=2)
-    widths: tuple[int, ...] = flag((32, 128, 512), "widths of the tied networks", at_least=2)
+    widths: tuple[int, ...] = flag(
+        (32, 128, 512), "widths of the tied networks", at_least=2, different=2
+    )
     mlp_widths: tuple[int, ...] = flag((16, 64, 256), "widths of the MLPs", at_least=2)
     networks: int = flag(100, "networks of each width", at_least=3)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(set(self.widths)) < max(2, len(self.widths)):
-            raise InputError(
-                f"--widths={launch.format_value(self.widths)} has to be at least two different "
-                "widths: limits are compared."
-            )
-
 
 @partial(jax.jit, static_argnames="width")
-def _draw_mlps(keys, x, *, width):
+def _draw_mlps(keys, *, x, width):
     """`z zᵀ/n` of the layers MLP_DEPTHS of untied ReLU networks."""
 
     def network(key):
@@ -81,18 +73,16 @@ def _draw_mlps(keys, x, *, width):
 def _mlps(settings: Settings, workdir: Workdir, x: np.ndarray, width: int) -> np.ndarray:
     """Covariances of MLPs, `(networks, len(MLP_DEPTHS), m, m)`."""
     x32, count = x.astype(np.float32), settings.networks
-    root = jax.random.fold_in(jax.random.key(settings.seed), width)
 
     def compute():
-        parts = []
-        for first in progress_bar(range(0, count, CALL), desc=f"mlp-width-{width}"):
-            keys = jax.vmap(partial(jax.random.fold_in, root))(first + jnp.arange(CALL))
-            parts.append(np.asarray(_draw_mlps(keys, x32, width=width)))
-        return {"covariances": np.concatenate(parts)[:count]}
+        draw = partial(_draw_mlps, x=x32, width=width)
+        root = jax.random.fold_in(jax.random.key(settings.seed), width)
+        with progress_bar(total=count, desc=f"mlp-width-{width}", unit="network") as bar:
+            return {"covariances": by_calls(draw, root, range(count), bar.update)}
 
     inputs = {"x": x32, "width": width, "networks": count, "seed": settings.seed}
     inputs["depths"] = list(MLP_DEPTHS)
-    return workdir.part(f"mlp-width-{width}", inputs, compute)[0]["covariances"].astype(np.float64)
+    return workdir.part(f"mlp-width-{width}", inputs, compute)["covariances"].astype(np.float64)
 
 
 def _against(covariances: np.ndarray, limits: np.ndarray) -> dict[str, list[float]]:
@@ -307,19 +297,17 @@ def main(settings: Settings, workdir: Workdir) -> None:
         "first, to the covariance at the equilibrium of a finite network and that to Σ*. The MLP "
         "has fresh weights in every layer and no injection.",
         caption="Above: medians over networks of `‖C - Σ‖²/‖Σ‖²`. Below: infinite width.",
-        settings=dataclasses.asdict(settings),
+        settings=settings,
         claims=_claims(settings, found),
         numbers={"measured": found},
-        tables=[
-            report.Table(
-                ("networks", *(f"depth {d}" for d in DEPTHS)),
-                rows,
-                "Mean covariance against Σ*: relative squared error by depth",
+        sections={
+            "Mean covariance against Σ*: relative squared error by depth": report.table(
+                ("networks", *(f"depth {d}" for d in DEPTHS)), rows
             )
-        ],
+        },
         draw=lambda plt: _draw(found, plt),
     )
 
 
 if __name__ == "__main__":
-    launch.main(Settings, main, {"full": FULL})
+    launch.main(Settings, main, FULL)

@@ -247,13 +247,13 @@ def main(settings: Settings, workdir: Workdir) -> None:
         introduction="Plain iteration `z ← W φ(z) + U x` from 0, until a step changes `z` by less "
         f"than {TOLERANCE:g} of its norm, for all inputs at once, within {MAX_STEPS} steps.",
         caption="Above: three measures of stability. Below: whether finite networks come to rest.",
-        settings=dataclasses.asdict(settings),
+        settings=settings,
         claims=_claims(settings, found),
         numbers={"measured": found},
-        tables=[report.Table(header, rows)],
+        sections={"At every W_std": report.table(header, rows)},
         draw=lambda plt: _draw(found, plt),
     )
 
 
 if __name__ == "__main__":
-    launch.main(Settings, main, {"full": FULL})
+    launch.main(Settings, main, FULL)

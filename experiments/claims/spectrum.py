@@ -10,7 +10,6 @@ results.json, spectrum.png and report.md to --workdir.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,15 +229,15 @@ def main(settings: Settings, workdir: Workdir) -> None:
         "output), of the NTK, or of `h hᵀ/n` of a network, on standard Gaussian inputs. Kernels "
         "are computed in float64.",
         caption="Above: kernels. Below: finite networks, and the MLP.",
-        settings=dataclasses.asdict(settings),
+        settings=settings,
         claims=_claims(found),
         numbers={"published": PUBLISHED, "measured": found},
-        tables=[
-            report.Table(("inputs", "λ_min of Σ*", "rounding", "positive"), rows, "Exceptions")
-        ],
+        sections={
+            "Exceptions": report.table(("inputs", "λ_min of Σ*", "rounding", "positive"), rows)
+        },
         draw=lambda plt: _draw(found, plt),
     )
 
 
 if __name__ == "__main__":
-    launch.main(Settings, main, {"full": FULL})
+    launch.main(Settings, main, FULL)

@@ -6,15 +6,17 @@ What is finished is a part of the working directory, so that another run goes on
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nt_deq import NoEquilibriumError, enable_x64
-from experiments.lib import infinite, launch, training
+from experiments.lib import infinite, training
 from experiments.lib.data import N_TEST, N_TRAIN, Dataset, DataSettings, load
 from experiments.lib.launch import flag
 from experiments.lib.networks import Architecture
+from experiments.lib.report import PowerLaw, fit_power_law
 from experiments.lib.workdir import Arrays, Workdir
 from nt_deq._progress import progress_bar
 from nt_deq.activations import ACTIVATIONS
@@ -31,7 +33,9 @@ class Settings(DataSettings):
     n_test: int | None = flag(
         None, f"test inputs, drawn at random; by default all, but {N_TEST} at most", at_least=1
     )
-    widths: tuple[int, ...] = flag((64, 256, 1024), "widths of the finite networks", at_least=1)
+    widths: tuple[int, ...] = flag(
+        (64, 256, 1024), "widths of the finite networks", at_least=1, different=2
+    )
     seeds: int = flag(8, "networks of each width", at_least=2)
     W_std: float = flag(
         0.6,
@@ -42,7 +46,7 @@ class Settings(DataSettings):
     )
     U_std: float = flag(1.0, "standard deviation of the input weights", above=0)
     b_std: float = flag(0.0, "standard deviation of the biases, 0 for none", at_least=0)
-    activation: str = flag("relu", f"one of {', '.join(ACTIVATIONS)}")
+    activation: str = flag("relu", f"one of {', '.join(ACTIVATIONS)}", one_of=ACTIVATIONS)
     learning_rate: float | None = flag(
         None,
         "step size of gradient descent; by default an eighth of the largest with which the "
@@ -56,18 +60,6 @@ class Settings(DataSettings):
     )
     float64: bool = flag(False, "compute in float64 instead of float32")
     seed: int = flag(0, "of the choice of inputs and of the initialisations", at_least=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.activation not in ACTIVATIONS:
-            raise InputError(
-                f"--activation={self.activation} is unknown: use one of {', '.join(ACTIVATIONS)}."
-            )
-        if len(set(self.widths)) < max(2, len(self.widths)):
-            raise InputError(
-                f"--widths={launch.format_value(self.widths)} has to be at least two different "
-                "widths, none twice: distances are compared across widths."
-            )
 
     @property
     def architecture(self) -> Architecture:
@@ -101,8 +93,23 @@ def train(
         settings.data, settings.data_dir, settings.n_train, settings.n_test, settings.seed,
         regression=True,
     )  # fmt: skip
+    dtype = np.float64 if settings.float64 else np.float32
+    arrays = (data.x_train, data.targets_train, data.x_test)
+    names = ("x_train", "y_train", "x_test")
+    problem = {name: array.astype(dtype) for name, array in zip(names, arrays, strict=True)}
+    problem["steps"] = settings.recorded_steps
+    architecture = settings.architecture
+
+    def compute_limit():
+        print("infinite width: kernels, posterior, gradient descent", file=sys.stderr, flush=True)
+        return infinite.predict(architecture, **problem, learning_rate=settings.learning_rate)
+
     with enable_x64(settings.float64):
-        limit = _infinite(settings, data, workdir)
+        inputs = vars(architecture) | problem | {"learning_rate": settings.learning_rate}
+        try:
+            limit = workdir.part("infinite", inputs, compute_limit)
+        except NoEquilibriumError as error:
+            raise InputError(f"--{error}") from error
         learning_rate, bound = float(limit["learning_rate"]), float(limit["max_learning_rate"])
         if learning_rate >= bound:
             raise InputError(
@@ -110,67 +117,51 @@ def train(
                 f"infinitely wide network diverges from {bound:.4g} on; leave it out for "
                 f"{bound * infinite.LEARNING_RATE_FRACTION:.4g}."
             )
-        networks = {
-            width: _finite(settings, data, width, learning_rate, ntk_inputs, workdir)
-            for width in sorted(settings.widths)
-        }
+        networks = {}
+        for width in sorted(settings.widths):
+            options = problem | {
+                "width": width, "learning_rate": learning_rate, "ntk_inputs": ntk_inputs,
+                "seeds": settings.seeds, "seed": settings.seed,
+            }  # fmt: skip
+
+            def compute(width=width, options=options):
+                with progress_bar(total=settings.steps, desc=f"width {width}", unit="step") as bar:
+                    return training.train(architecture, **options, progress=bar.update)
+
+            inputs = vars(architecture) | options
+            networks[width] = workdir.part(f"width-{width}", inputs, compute)
     return data, limit, networks
 
 
-def _problem(settings: Settings, data: Dataset) -> dict[str, np.ndarray]:
-    dtype = np.float64 if settings.float64 else np.float32
-    return {
-        "x_train": data.x_train.astype(dtype),
-        "y_train": data.targets_train.astype(dtype),
-        "x_test": data.x_test.astype(dtype),
-    }
+def beside_limit(
+    data: Dataset, steps: Sequence[int], limit: Arrays, trained: Arrays
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sets networks of one width beside the limit that starts where each of them started.
+
+    Args:
+      data: what was learned.
+      steps: at which outputs were recorded.
+      limit: what `infinite.predict` returned.
+      trained: what `training.train` returned.
+
+    Returns:
+      Outputs of the networks and what the limit makes of their starts, float64, `(steps, seeds,
+      n+m, C)` each; and how far apart these are, `(steps, seeds)`: RMS over test inputs and
+      outputs.
+    """
+    outputs = trained["outputs"].astype(np.float64)
+    expected = infinite.from_start(limit, data.targets_train, outputs[0], steps)
+    apart = np.square(outputs - expected)[:, :, len(data.y_train) :].mean((2, 3))
+    return outputs, expected, np.sqrt(apart)
 
 
-def _infinite(settings: Settings, data: Dataset, workdir: Workdir) -> Arrays:
-    def compute():
-        _tell("infinite width: kernels, posterior, gradient descent")
-        return infinite.predict(settings.architecture, **problem, **options)
-
-    problem = _problem(settings, data)
-    options = {"learning_rate": settings.learning_rate, "steps": settings.recorded_steps}
-    inputs = {**vars(settings.architecture), **problem, **options}
-    try:
-        arrays, found = workdir.part("infinite", inputs, compute)
-    except NoEquilibriumError as error:
-        raise InputError(f"--{error}") from error
-    if found:
-        _tell("infinite width: kept from an earlier run")
-    return arrays
+def fit_by_width(values: Mapping[int, np.ndarray]) -> PowerLaw:
+    """Fits a power law of the width to one number for each network, `(seeds,)`, by width."""
+    points = [(width, value) for width, of_width in values.items() for value in of_width]
+    return fit_power_law(*zip(*points, strict=True))
 
 
-def _finite(
-    settings: Settings,
-    data: Dataset,
-    width: int,
-    learning_rate: float,
-    ntk_inputs: int,
-    workdir: Workdir,
-) -> Arrays:
-    def compute():
-        with progress_bar(total=settings.steps, desc=name, unit="step") as bar:
-            return training.train(settings.architecture, **problem, **options, progress=bar.update)
-
-    name = f"width {width}"
-    problem = _problem(settings, data)
-    options = {
-        "width": width,
-        "learning_rate": learning_rate,
-        "steps": settings.recorded_steps,
-        "seeds": settings.seeds,
-        "seed": settings.seed,
-        "ntk_inputs": ntk_inputs,
-    }
-    inputs = {**vars(settings.architecture), **problem, **options}
-    arrays, found = workdir.part(name.replace(" ", "-"), inputs, compute)
-    if found:
-        _tell(f"{name}: kept from an earlier run")
-    return arrays
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def fits_at_steps(values: Mapping[int, np.ndarray]) -> list[PowerLaw]:
+    """The same of numbers `(steps, seeds)`, at every step but the first."""
+    by_step = zip(*(list(of_width)[1:] for of_width in values.values()), strict=True)
+    return [fit_by_width(dict(zip(values, step, strict=True))) for step in by_step]

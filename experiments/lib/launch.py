@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +31,16 @@ from nt_deq.errors import InputError, NtDeqError
 flags.disclaim_key_flags()  # they are the launcher's, and its `--help` shows them
 
 
-def flag(
-    default: Any, help: str, *, at_least: float | None = None, above: float | None = None
-) -> Any:
-    """A field of `Settings`: its default, what `--help` says, and its bound."""
-    metadata = {"help": help, "at_least": at_least, "above": above}
-    return dataclasses.field(default=default, metadata=metadata)
+def flag(default: Any, help: str, **bounds: Any) -> Any:
+    """A field of `Settings`.
+
+    Args:
+      default: its value where none is given.
+      help: what `--help` says.
+      bounds: `at_least`, `above`, `at_most` or `below`, of every number; `one_of`, what there is to
+        choose from; `different`, how many numbers a tuple has at least, none of them twice.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +57,29 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float):
-                    _check_bounds(f"--{field.name}={format_value(value)}", number, field.metadata)
+            if value is not None:
+                _check(f"--{field.name}={format_value(value)}", value, field.metadata)
 
 
-def _check_bounds(shown: str, number: float, metadata) -> None:
-    at_least, above = metadata["at_least"], metadata["above"]
-    if not math.isfinite(number):
-        raise InputError(f"{shown} is not a finite number.")
-    if at_least is not None and number < at_least:
-        raise InputError(f"{shown} is too small: it has to be at least {at_least}.")
-    if above is not None and number <= above:
-        raise InputError(f"{shown} is too small: it has to be above {above}.")
+def _check(shown: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    numbers = value if isinstance(value, tuple) else (value,)
+    if isinstance(numbers[0], int | float):
+        if not all(map(math.isfinite, numbers)):
+            raise InputError(f"{shown} is not a finite number.")
+        for name, compare, number, wrong in (
+            ("at_least", operator.ge, min(numbers), "small"),
+            ("above", operator.gt, min(numbers), "small"),
+            ("at_most", operator.le, max(numbers), "large"),
+            ("below", operator.lt, max(numbers), "large"),
+        ):
+            if name in bounds and not compare(number, bounds[name]):
+                bound = f"{name.replace('_', ' ')} {bounds[name]:.4g}"
+                raise InputError(f"{shown} is too {wrong}: it must be {bound}.")
+    if "one_of" in bounds and value not in bounds["one_of"]:
+        raise InputError(f"{shown} is unknown: use one of {', '.join(bounds['one_of'])}.")
+    least = bounds.get("different", 0)
+    if least and len(set(numbers)) < max(least, len(numbers)):
+        raise InputError(f"{shown} must be at least {least} different numbers, none twice.")
 
 
 def format_value(value: Any) -> str:
@@ -75,28 +90,22 @@ def format_value(value: Any) -> str:
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-Configs = Mapping[str, Mapping[str, Any]]
-
-
 def main(
     settings_type: type[AnySettings],
     job: Callable[[AnySettings, Workdir], None],
-    configs: Configs | None = None,
+    full: Mapping[str, Any] | None = None,
 ) -> None:
     """Runs a launcher; ends the process with 0, 1 (an error), or 128 + the signal that ended it.
 
     Args:
       settings_type: its flags.
       job: what it does.
-      configs: settings that `--config=NAME` stands for, where no flag of their own is given.
+      full: settings that `--config=full` stands for, where no flag of their own is given.
     """
     flags.DEFINE_string("workdir", None, "directory for results; what is finished is kept there")
-    if configs:
-        shown = "; ".join(
-            f"{name}: {' '.join(f'--{k}={format_value(v)}' for k, v in config.items())}"
-            for name, config in configs.items()
-        )
-        flags.DEFINE_enum("config", None, list(configs), f"other defaults ({shown})")
+    if full:
+        shown = " ".join(f"--{name}={format_value(value)}" for name, value in full.items())
+        flags.DEFINE_enum("config", None, ["full"], f"full: other defaults ({shown})")
     _define_flags(settings_type)
     logging.set_verbosity(logging.WARNING)  # JAX tells of every kind of device it does not find
 
@@ -106,8 +115,7 @@ def main(
                 raise InputError(f"{argv[1]!r} is not a flag; flags are written --name=value.")
             if not flags.FLAGS.workdir:
                 raise InputError("--workdir is missing: name a directory for the results.")
-            config = configs[flags.FLAGS.config] if configs and flags.FLAGS.config else {}
-            settings = _read_flags(settings_type, config)
+            settings = _read_flags(settings_type, full if full and flags.FLAGS.config else {})
             workdir = _open(flags.FLAGS.workdir)
         except InputError as error:
             return _fail(error)
@@ -183,7 +191,7 @@ def _read_flags(settings_type: type[AnySettings], config: Mapping[str, Any]) -> 
                 value = tuple(int(number) for number in value)
             except ValueError:
                 raise InputError(
-                    f"--{field.name}={','.join(value)} has to be integers separated by commas."
+                    f"--{field.name}={','.join(value)} must be integers separated by commas."
                 ) from None
         values[field.name] = value
     return settings_type(**values)

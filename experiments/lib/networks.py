@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -154,29 +155,39 @@ def empirical_ntk(architecture: Architecture, network: Network, x: Array) -> Arr
     return (architecture.W_std**2 * hidden + injected) * by_z + hidden
 
 
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """`dense` networks of one width as functions of their parameters; they share `graph`."""
+
+    graph: Any
+
+    def one(self, params: Any) -> Network:
+        """The network with parameters `params`."""
+        return nnx.merge(self.graph, params)
+
+    def forward(self, params: Any, x: Array, z0: Array) -> tuple[Array, Array]:
+        """What one network makes of `x`, as of `Network`."""
+        return self.one(params)(x, z0)
+
+    def of_each(
+        self, method: Callable[[Network], Any], one_by_one: bool = False
+    ) -> Callable[[Any], Any]:
+        """A compiled function of the parameters of all: `method(network)` of every network."""
+
+        def of_one(params):
+            return method(self.one(params))
+
+        return jax.jit(partial(jax.lax.map, of_one) if one_by_one else jax.vmap(of_one))
+
+
 def draw(
-    architecture: Architecture, in_features: int, width: int, outputs: int, keys: Array
-) -> tuple[Callable[[Any, Callable[[Network], Any]], Any], Any]:
-    """Draws `dense` networks as functions of their parameters.
-
-    Args:
-      architecture: what they are.
-      in_features: size of an input.
-      width: size of the state.
-      outputs: number of outputs.
-      keys: one for each network, `(seeds,)`.
-
-    Returns:
-      `(call, params)`: the parameters of all networks, stacked on a leading axis, and
-      `call(params, method)`, which is `method(network)` of the network with parameters `params`.
-    """
+    architecture: Architecture, in_features: int, width: int, outputs: int, seeds: int, seed: int
+) -> tuple[Ensemble, Any]:
+    """Draws `seeds` networks at random; returns them and their parameters, on a leading axis."""
 
     def network(key):
         return dense(architecture, in_features, width, outputs, nnx.Rngs(params=key))
 
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), width), seeds)
     graph, _ = nnx.split(nnx.eval_shape(lambda: network(keys[0])))
-
-    def call(params, method):
-        return method(nnx.merge(graph, params))
-
-    return call, jax.vmap(lambda key: nnx.split(network(key))[1])(keys)
+    return Ensemble(graph), jax.vmap(lambda key: nnx.split(network(key))[1])(keys)

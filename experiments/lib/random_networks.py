@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def tied_layer(activation: str) -> Callable[[Array, tuple[Array, Array]], Array]
 
 
 @partial(jax.jit, static_argnames=("width", "activation", "depths"))
-def _draw(keys, x, W_std, U_std, *, width, activation, depths):
+def _draw(keys, *, x, W_std, U_std, width, activation, depths):
     phi, layer = get_activation(activation).fn, tied_layer(activation)
 
     def network(key):
@@ -109,6 +110,19 @@ def _draw(keys, x, W_std, U_std, *, width, activation, depths):
 
     with jax.default_matmul_precision("highest"):
         return lax.map(network, keys)  # not batched: XLA's batched products are slow on a CPU
+
+
+def by_calls(
+    draw: Callable[[Array], Any], root: Array, networks: range, progress: Callable[[int], Any]
+) -> Any:
+    """`draw(keys)` of all networks, in calls of `CALL` keys; a key is of `root` and its number."""
+    parts = []
+    for first in networks[::CALL]:
+        used = min(CALL, networks.stop - first)
+        keys = jax.vmap(partial(jax.random.fold_in, root))(first + jnp.arange(CALL))
+        parts.append(jax.tree.map(lambda array, used=used: np.asarray(array)[:used], draw(keys)))
+        progress(used)
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def sample(
@@ -139,7 +153,13 @@ def sample(
     Raises:
       NoEquilibriumError: most networks have no equilibrium.
     """
-    x32 = x.astype(np.float32)
+    common = {
+        "W_std": settings.W_std, "U_std": settings.U_std, "width": width, "activation": activation,
+        "x": x.astype(np.float32),
+    }  # fmt: skip
+    root = jax.random.fold_in(jax.random.key(settings.seed), width)
+    root = jax.random.fold_in(root, 1 + len(depths))
+    draw = partial(_draw, **common, depths=tuple(depths))
     size = max(1, min(count, BLOCK // width**2))
     blocks: list[Arrays] = []
     name = f"{activation}-width-{width}"
@@ -148,33 +168,12 @@ def sample(
             stop = min(start + size, count)
 
             def compute(start=start, stop=stop) -> Arrays:
-                root = jax.random.key(settings.seed)
-                root = jax.random.fold_in(jax.random.fold_in(root, width), 1 + len(depths))
-                draw = partial(_draw, width=width, activation=activation, depths=tuple(depths))
-                parts = []
-                for first in range(start, stop, CALL):
-                    used = min(CALL, stop - first)
-                    keys = jax.vmap(partial(jax.random.fold_in, root))(first + jnp.arange(CALL))
-                    part = draw(keys, x32, settings.W_std, settings.U_std)
-                    parts.append([np.asarray(array)[:used] for array in part])
-                    bar.update(used)
-                outputs, covariances = map(np.concatenate, zip(*parts, strict=True))
+                outputs, covariances = by_calls(draw, root, range(start, stop), bar.update)
                 return {"outputs": outputs, "covariances": covariances}
 
-            inputs = {
-                "x": x32,
-                "W_std": settings.W_std,
-                "U_std": settings.U_std,
-                "seed": settings.seed,
-                "activation": activation,
-                "width": width,
-                "depths": list(depths),
-                "networks": [start, stop],
-            }
-            arrays, found = workdir.part(f"{name}-{start}", inputs, compute)
-            if found:
-                bar.update(stop - start)
-            blocks.append(arrays)
+            inputs = {"seed": settings.seed, "depths": list(depths), "networks": [start, stop]}
+            blocks.append(workdir.part(f"{name}-{start}", common | inputs, compute))
+            bar.update(stop - bar.n)  # by those that were kept
     drawn = {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
     missing = np.isnan(drawn["outputs"]).any(axis=tuple(range(1, drawn["outputs"].ndim)))
     if missing.mean() > 0.5:

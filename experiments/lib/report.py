@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments.lib.launch import format_value
+from experiments.lib.launch import Settings, format_value
 from experiments.lib.workdir import Workdir, versions
 
 # Okabe & Ito's palette, which the colour-blind tell apart too.
@@ -141,23 +141,6 @@ class Claim:
     holds: bool
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of a report.
-
-    Attributes:
-      header: one text a column.
-      rows: as many texts each.
-      title: heading above it.
-      note: what the columns are, below the heading.
-    """
-
-    header: Sequence[str]
-    rows: Rows
-    title: str = ""
-    note: str = ""
-
-
 def write_claims(
     workdir: Workdir,
     name: str,
@@ -165,10 +148,10 @@ def write_claims(
     title: str,
     introduction: str,
     caption: str,
-    settings: Mapping[str, Any],
+    settings: Settings,
     claims: Sequence[Claim],
     numbers: Mapping[str, Any],
-    tables: Sequence[Table],
+    sections: Mapping[str, str],
     draw: Callable[[Any], Any],
 ) -> None:
     """Writes what a launcher found: results.json, NAME.png and report.md.
@@ -184,7 +167,7 @@ def write_claims(
       settings: the flags.
       claims: what is claimed, measured, and whether it holds.
       numbers: all that was measured, for results.json.
-      tables: below the figure.
+      sections: below the figure: Markdown by heading.
       draw: makes the figure, from pyplot.
     """
     with figure_style() as plt:
@@ -194,22 +177,17 @@ def write_claims(
         f"**{'It holds.' if c.holds else 'It does not hold.'}**"
         for c in claims
     )
-    shown = "\n\n".join(
-        (f"## {t.title}\n\n" if t.title else "")
-        + (f"{t.note}\n\n" if t.note else "")
-        + table(t.header, t.rows)
-        for t in tables
-    )
+    shown = "".join(f"## {heading}\n\n{text}\n\n" for heading, text in sections.items())
     flags = [
         [f"`--{key}`", f"`{format_value(value)}`"]
-        for key, value in settings.items()
+        for key, value in vars(settings).items()
         if value is not None
     ]
     used = ", ".join(f"{package} {version}" for package, version in versions().items())
     workdir.write_text(
         "report.md",
         f"# {title}\n\n{introduction}\n\n{verdicts}\n\n![figure]({name}.png)\n\n{caption}\n\n"
-        f"{shown}\n\n## Settings\n\n{table(('flag', 'value'), flags)}\n\n"
+        f"{shown}## Settings\n\n{table(('flag', 'value'), flags)}\n\n"
         f"All numbers are in `results.json`. Versions: {used}.\n",
     )
     # Last: where it is, the others are too.

@@ -141,26 +141,15 @@ def train(
     start_time = time.perf_counter()
     x_train, y_train, x_test = map(jnp.asarray, (x_train, y_train, x_test))
     x_all = jnp.concatenate([x_train, x_test])
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), width), seeds)
-    call, params = draw(architecture, x_train.shape[1], width, y_train.shape[1], keys)
-
-    def forward(params, x, z):
-        return call(params, lambda network: network(x, z))
-
-    @jax.jit
-    def evaluate(params):
-        return jax.vmap(lambda p: call(p, lambda network: network(x_all)[0]))(params)
-
-    @jax.jit
-    def ntk(params):  # one network at a time: a product over all of them is slow on a CPU
-        x = x_train[:ntk_inputs]
-        return lax.map(
-            lambda p: call(p, lambda network: empirical_ntk(architecture, network, x)), params
+    shape = x_train.shape[1], width, y_train.shape[1]
+    networks, params = draw(architecture, *shape, seeds, seed)
+    measure = {"outputs": networks.of_each(lambda network: network(x_all)[0])}
+    if ntk_inputs:  # a product over all networks at once is slow on a CPU
+        measure["ntk"] = networks.of_each(
+            lambda network: empirical_ntk(architecture, network, x_train[:ntk_inputs]),
+            one_by_one=True,
         )
-
-    @jax.jit
-    def count(params):
-        return jax.vmap(lambda p: call(p, lambda network: network.deq.solve(x_all).steps))(params)
+    count = networks.of_each(lambda network: network.deq.solve(x_all).steps)
 
     def check(numbers, step):
         wrong = [s for s in range(seeds) if not np.isfinite(numbers[s]).all()]
@@ -172,14 +161,13 @@ def train(
                 f"{architecture.W_std:.4g}, or a larger width."
             )
 
-    measure = {"outputs": evaluate} | ({"ntk": ntk} if ntk_inputs else {})
     records, done = {name: [] for name in measure}, 0
     y = jnp.broadcast_to(y_train, (seeds, *y_train.shape))
     state = start(params, width, y)
     for recorded in steps:
         while done < recorded:
             chunk = min(CHUNK, recorded - done)
-            state = gradient_descent(forward, state, x_train, y, learning_rate, chunk)
+            state = gradient_descent(networks.forward, state, x_train, y, learning_rate, chunk)
             done += chunk
             check(np.asarray(state.loss), done)
             progress(chunk)
@@ -239,16 +227,9 @@ def interpolate(
     x_train, y_train, x_test = (jnp.asarray(a, jnp.float32) for a in (x_train, y_train, x_test))
     problems, n, outputs = y_train.shape
     x_all = jnp.concatenate([x_train, x_test])
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), width), seeds)
-    call, drawn = draw(architecture, x_train.shape[1], width, outputs, keys)
-    params = jax.tree.map(lambda leaf: jnp.tile(leaf, (problems,) + (1,) * (leaf.ndim - 1)), drawn)
-
-    def forward(params, x, z):
-        return call(params, lambda network: network(x, z))
-
-    @jax.jit
-    def evaluate(params):
-        return jax.vmap(lambda p: call(p, lambda network: network(x_all)[0]))(params)
+    networks, drawn = draw(architecture, x_train.shape[1], width, outputs, seeds, seed)
+    params = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * problems), drawn)
+    evaluate = networks.of_each(lambda network: network(x_all)[0])
 
     def predict(params):
         return np.asarray(evaluate(params)).reshape(problems, seeds, len(x_all), outputs)
@@ -264,7 +245,9 @@ def interpolate(
         rate, done = learning_rate / 2**halvings, 0
         state = start(params, width, y, MOMENTUM)
         while done < max_steps and (not done or 2 * state.loss.max() > enough):  # and not NaN
-            state = gradient_descent(forward, state, x_train, y, rate, CHUNK_TO_FIT, MOMENTUM)
+            state = gradient_descent(
+                networks.forward, state, x_train, y, rate, CHUNK_TO_FIT, MOMENTUM
+            )
             done += CHUNK_TO_FIT
             progress(CHUNK_TO_FIT)
         learned = predict(state.params) - before

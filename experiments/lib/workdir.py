@@ -67,9 +67,7 @@ class Workdir:
         self._lock.write(f"process {os.getpid()}")
         self._lock.flush()
 
-    def part(
-        self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Arrays]
-    ) -> tuple[Arrays, bool]:
+    def part(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
         """Returns a part's arrays, from an earlier run with the same inputs or computed now.
 
         Args:
@@ -77,17 +75,13 @@ class Workdir:
           inputs: all that the part depends on besides versions of libraries: numbers, strings,
             lists of them, arrays.
           compute: gives the arrays; called where there are none from an earlier run.
-
-        Returns:
-          The arrays, and whether they are from an earlier run.
         """
         file = f"parts/{name}.{joblib.hash((inputs, versions()))}.npz"
-        found = (self.path / file).exists()
-        if not found:
+        if not (self.path / file).exists():
             self.write_arrays(file, compute())
         self.kept.append(name)
         with np.load(self.path / file, allow_pickle=False) as stored:
-            return dict(stored), found
+            return dict(stored)
 
     def write_arrays(self, name: str, arrays: Arrays) -> None:
         """Writes arrays as one .npz file."""

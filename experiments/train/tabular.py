@@ -145,4 +145,4 @@ def main(settings: Settings, workdir: Workdir) -> None:
 
 
 if __name__ == "__main__":
-    launch.main(Settings, main, {"full": FULL})
+    launch.main(Settings, main, FULL)
