@@ -1,8 +1,8 @@
 """Runs every launcher, one after the other, and puts what they found on one page.
 
-Each is a process of its own, with a directory of its own in --workdir. What is finished there, of
-the same settings and versions, is not computed again; a launcher that fails leaves the others
-running. report.html, which needs no other file, has all claims, figures and tables.
+Each is a process of its own, with a directory of its own in --workdir, and computes no part again
+that is finished there; a launcher that fails leaves the others running. report.html, which needs no
+other file, has all claims, figures and tables.
 
     python -m experiments.all --workdir=out/all
     python -m experiments.all --workdir=out/full --config=full --data_dir=MNIST
@@ -11,9 +11,6 @@ running. report.html, which needs no other file, has all claims, figures and tab
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import json
 import signal
 import subprocess
 import sys
@@ -22,7 +19,7 @@ from dataclasses import dataclass
 
 from experiments.lib import html_report, launch
 from experiments.lib.launch import flag
-from experiments.lib.workdir import Workdir, versions
+from experiments.lib.workdir import Workdir
 from nt_deq.errors import InputError
 
 LAUNCHERS = (
@@ -37,7 +34,7 @@ class Settings(launch.Settings):
     """The flags."""
 
     only: str = flag(",".join(LAUNCHERS), "launchers to run, separated by commas")
-    config: str | None = flag(None, "full: the published sizes, hours on a CPU")
+    config: str | None = flag(None, "full: the published sizes, hours on a CPU", one_of=("full",))
     data_dir: str | None = flag(
         None,
         f"directory of MNIST's four IDX files: {', '.join(ON_IMAGES)} then run on MNIST instead of "
@@ -52,8 +49,6 @@ class Settings(launch.Settings):
                     f"--only={self.only}: {name!r} is not a launcher; they are "
                     f"{', '.join(LAUNCHERS)}."
                 )
-        if self.config not in (None, "full"):
-            raise InputError(f"--config={self.config} is unknown: use full, or leave it out.")
         if self.config and self.data_dir is None and "generalization" in self.names:
             raise InputError(
                 "--config=full runs generalization on MNIST: name its directory by --data_dir, or "
@@ -65,26 +60,6 @@ class Settings(launch.Settings):
         """The launchers to run, in the order of `LAUNCHERS`."""
         return [name for name in LAUNCHERS if name in self.only.split(",")]
 
-    def values(self, name: str) -> dict[str, str]:
-        """The settings of a launcher that are not its defaults, but for `--config`."""
-        on_mnist = self.data_dir is not None and name in ON_IMAGES
-        return {"data": "mnist", "data_dir": str(self.data_dir)} if on_mnist else {}
-
-
-def finished(settings: Settings, workdir: Workdir, name: str) -> bool:
-    """Whether a launcher's results are there, of these settings and the present versions."""
-    file = workdir.path / name / "results.json"
-    if not file.exists():
-        return False
-    results = json.loads(file.read_text(encoding="utf-8"))
-    launcher = importlib.import_module(f"experiments.claims.{name}")
-    config = launcher.FULL if settings.config == "full" else {}
-    wanted = dataclasses.asdict(launcher.Settings(**{**config, **settings.values(name)}))
-    return (results["settings"], results["versions"]) == (
-        json.loads(json.dumps(wanted)),
-        versions(),
-    )
-
 
 def run(settings: Settings, workdir: Workdir, name: str) -> str | None:
     """Runs a launcher.
@@ -92,14 +67,12 @@ def run(settings: Settings, workdir: Workdir, name: str) -> str | None:
     Returns:
       `None`, or why it has no results.
     """
-    command = [
-        sys.executable,
-        "-m",
-        f"experiments.claims.{name}",
-        f"--workdir={workdir.path / name}",
-    ]
-    command += [f"--config={settings.config}"] if settings.config else []
-    command += [f"--{flag}={value}" for flag, value in settings.values(name).items()]
+    module = f"experiments.claims.{name}"
+    command = [sys.executable, "-m", module, f"--workdir={workdir.path / name}"]
+    if settings.config:
+        command.append(f"--config={settings.config}")
+    if settings.data_dir is not None and name in ON_IMAGES:
+        command += ["--data=mnist", f"--data_dir={settings.data_dir}"]
     status = subprocess.run(command, check=False).returncode
     if status > 128:  # a signal ended it, and ends this one in the same way
         signal.raise_signal(status - 128)
@@ -114,16 +87,12 @@ def main(settings: Settings, workdir: Workdir) -> None:
     outcomes: dict[str, str | None] = {}
     for i, name in enumerate(settings.names, start=1):
         counted = f"[{i}/{len(settings.names)}] {name}"
-        if finished(settings, workdir, name):
-            outcomes[name] = None
-            print(f"{counted}: kept from an earlier run", file=sys.stderr, flush=True)
-        else:
-            print(f"{counted}: running", file=sys.stderr, flush=True)
-            start = time.perf_counter()
-            outcomes[name] = run(settings, workdir, name)
-            ended = "failed" if outcomes[name] else "finished"
-            seconds = time.perf_counter() - start
-            print(f"{counted}: {ended} after {seconds:.0f} s\n", file=sys.stderr, flush=True)
+        print(f"{counted}: running", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        outcomes[name] = run(settings, workdir, name)
+        ended = "failed" if outcomes[name] else "finished"
+        seconds = time.perf_counter() - start
+        print(f"{counted}: {ended} after {seconds:.0f} s\n", file=sys.stderr, flush=True)
         if outcomes[name] is None:
             workdir.kept.append(name)
         workdir.write_text("report.html", html_report.page(workdir.path, outcomes))

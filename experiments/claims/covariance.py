@@ -10,6 +10,7 @@ against `Σ*`. Writes results.json, covariance.png and report.md to --workdir.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,33 +77,26 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> dict[str, 
     }
 
 
-def _claims(settings: Settings, found: dict[str, dict[str, Any]]) -> list[report.Claim]:
-    claims = []
+def _claims(settings: Settings, found: dict[str, dict[str, Any]]) -> Iterator[report.Claim]:
     for activation, f in found.items():
         bias = 15.0 / settings.mean_width**2  # 1/width in every entry, squared
-        claims.append(
-            report.Claim(
-                f"{activation}: the mean covariance of many wide networks is Σ*: published, 10⁴ "
-                f"networks of width 1000, relative squared error near {PUBLISHED[activation]:.2g}.",
-                f"{f['networks_used']} networks of width {settings.mean_width}: "
-                f"{f['mean_error']:.2g}, of which {f['chance_error']:.2g} is what that number of "
-                "networks is off by chance; it has to be below 4 times that and "
-                f"15/width² = {bias:.2g} together.",
-                f["mean_error"] <= 4 * f["chance_error"] + bias,
-            )
+        yield report.Claim(
+            f"{activation}: the mean covariance of many wide networks is Σ*: published, 10⁴ "
+            f"networks of width 1000, relative squared error near {PUBLISHED[activation]:.2g}.",
+            f"{f['networks_used']} networks of width {settings.mean_width}: {f['mean_error']:.2g}, "
+            f"of which {f['chance_error']:.2g} is what that number of networks is off by chance; "
+            f"it has to be below 4 times that and 15/width² = {bias:.2g} together.",
+            f["mean_error"] <= 4 * f["chance_error"] + bias,
         )
         s = f["slope"]
-        claims.append(
-            report.Claim(
-                f"{activation}: the relative squared error of one network falls as 1/width: "
-                "published near 15/width.",
-                f"width^{s['exponent']:.3f} (95 % interval {s['low']:.3f} to {s['high']:.3f}, over "
-                f"{settings.repeats} networks of each of {len(f['widths'])} widths); error · width "
-                f"is {f['error_times_width']:.1f} on average.",
-                s["low"] <= -1 <= s["high"],
-            )
+        yield report.Claim(
+            f"{activation}: the relative squared error of one network falls as 1/width: "
+            "published near 15/width.",
+            f"width^{s['exponent']:.3f} (95 % interval {s['low']:.3f} to {s['high']:.3f}, over "
+            f"{settings.repeats} networks of each of {len(f['widths'])} widths); error · width "
+            f"is {f['error_times_width']:.1f} on average.",
+            s["low"] <= -1 <= s["high"],
         )
-    return claims
 
 
 def _draw(settings: Settings, found: dict[str, dict[str, Any]], plt: Any) -> Any:

@@ -252,11 +252,10 @@ def main(settings: Settings, workdir: Workdir) -> None:
         title="Gradient descent on a wide network is that of its NTK",
         introduction="Networks of finite width are trained by full-batch gradient descent on "
         "`½ mean (f - y)²`. The closed form takes the same network's outputs before training and "
-        f"the NTK `Θ*` of infinite width: on the training {data.name_of_inputs} "
-        "`f_k - y = (I - η Θ*/(n C))^k (f_0 - y)` after `k` steps of size `η`, in discrete steps, "
-        "so that the distance is due to the width alone. The empirical NTK `Θₜ` is that of "
-        "one network, averaged over its outputs, between "
-        f"{settings.ntk_inputs} training {data.name_of_inputs}.",
+        f"the NTK `Θ*` of infinite width: on the training {data.name_of_inputs} `f_k - y = (I - η "
+        "Θ*/(n C))^k (f_0 - y)` after `k` steps of size `η`, in discrete steps, so that the "
+        "distance is due to the width alone. The empirical NTK `Θₜ` is that of one network, "
+        f"averaged over its outputs, between {settings.ntk_inputs} training {data.name_of_inputs}.",
         caption="Above: during training, means over networks. Below: against width; a point is a "
         "network, and the dotted line has the slope −1/2 of the leading order.",
         settings=settings,

@@ -10,6 +10,7 @@ Writes results.json, gaussianity.png and report.md to --workdir.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,25 +81,21 @@ def measure(outputs: np.ndarray, limit: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _claims(found: dict[str, dict[int, dict[str, Any]]]) -> list[report.Claim]:
-    claims = []
+def _claims(found: dict[str, dict[int, dict[str, Any]]]) -> Iterator[report.Claim]:
     for activation, by_width in found.items():
         narrow, wide = min(by_width), max(by_width)
         f, first = by_width[wide], by_width[narrow]
         test = f["lilliefors"]
         published = ", ".join(f"{d:.4f} at {w}" for w, d in PUBLISHED[activation].items())
-        claims.append(
-            report.Claim(
-                f"{activation}: an output of a random network tends to a Gaussian (published KS "
-                f"distances of 10⁴ networks: {published}).",
-                f"At width {wide}, {f['networks_used']} networks: D = {test['statistic']:.4f} "
-                f"(Gaussian samples of that size: {test['null_mean']:.4f} on average, 5 % above "
-                f"{test['critical']:.4f}), p = {test['p_value']:.3f} by simulation; at width "
-                f"{narrow} D = {first['lilliefors']['statistic']:.4f}. The plain KS test, which "
-                f"takes the fitted variance for the true one, says p = "
-                f"{f['plain_ks_p_value']:.3f}.",
-                test["p_value"] > LEVEL,
-            )
+        yield report.Claim(
+            f"{activation}: an output of a random network tends to a Gaussian (published KS "
+            f"distances of 10⁴ networks: {published}).",
+            f"At width {wide}, {f['networks_used']} networks: D = {test['statistic']:.4f} "
+            f"(Gaussian samples of that size: {test['null_mean']:.4f} on average, 5 % above "
+            f"{test['critical']:.4f}), p = {test['p_value']:.3f} by simulation; at width {narrow} "
+            f"D = {first['lilliefors']['statistic']:.4f}. The plain KS test, which takes the "
+            f"fitted variance for the true one, says p = {f['plain_ks_p_value']:.3f}.",
+            test["p_value"] > LEVEL,
         )
         joint = {
             "skewness": f["mardia_skewness"]["p_value"],
@@ -106,19 +103,16 @@ def _claims(found: dict[str, dict[int, dict[str, Any]]]) -> list[report.Claim]:
             "covariance Σ* ⊗ I": f["covariance_test"]["p_value"],
             "correlation of two outputs' squares": f["independence_p_value"],
         }
-        claims.append(
-            report.Claim(
-                f"{activation}: outputs for several inputs are jointly Gaussian with covariance "
-                "Σ*, and different outputs independent.",
-                f"At width {wide}: "
-                + ", ".join(f"{name} p = {p:.3f}" for name, p in joint.items())
-                + f" (rejected below {LEVEL}); at width {narrow} the kurtosis is off by "
-                f"{first['mardia_kurtosis']['statistic']:.1f} standard errors, at {wide} by "
-                f"{f['mardia_kurtosis']['statistic']:.1f}.",
-                min(joint.values()) > LEVEL,
-            )
+        yield report.Claim(
+            f"{activation}: outputs for several inputs are jointly Gaussian with covariance "
+            "Σ*, and different outputs independent.",
+            f"At width {wide}: "
+            + ", ".join(f"{name} p = {p:.3f}" for name, p in joint.items())
+            + f" (rejected below {LEVEL}); at width {narrow} the kurtosis is off by "
+            f"{first['mardia_kurtosis']['statistic']:.1f} standard errors, at {wide} by "
+            f"{f['mardia_kurtosis']['statistic']:.1f}.",
+            min(joint.values()) > LEVEL,
         )
-    return claims
 
 
 def _draw(

@@ -12,22 +12,35 @@ Writes results.json, generalization.png and report.md to --workdir.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from experiments.claims import generalization_report
 from experiments.lib import launch, training
 from experiments.lib.data import Dataset, DataSettings, load
-from experiments.lib.kernels import NONE, REGULARISATION, Kernel, deq, explicit, fit, rbf, regress
+from experiments.lib.kernels import (
+    MODES,
+    NONE,
+    REGULARISATION,
+    Kernel,
+    deq,
+    explicit,
+    fit,
+    rbf,
+    regress,
+)
 from experiments.lib.launch import flag
 from experiments.lib.networks import Architecture
-from experiments.lib.workdir import Workdir
+from experiments.lib.workdir import Arrays, Workdir
 from nt_deq._progress import progress_bar
 from nt_deq.errors import InputError
+
+Summary = dict[str, Any]
 
 W_STDS = (0.6, 1.0, 1.2)  # of the infinitely wide DEQs
 DEPTHS = (1, 3, 10)  # hidden layers of explicit networks
@@ -46,46 +59,42 @@ FULL = {
 class Settings(DataSettings):
     """The flags."""
 
-    counts: tuple[int, ...] = flag((50, 100, 300, 1000), "numbers of training images", at_least=10)
+    counts: tuple[int, ...] = flag(
+        (50, 100, 300, 1000), "numbers of training images", at_least=10, different=2
+    )
     n_test: int = flag(700, "test images, drawn at random", at_least=2)
     label_noise: float = flag(
         0.2,
         "fraction of training labels that are wrong; every measurement is also without",
         above=0,
+        at_most=0.5,
     )
     network_counts: tuple[int, ...] = flag(
-        (100,), "numbers of training images of finite networks, out of --counts", at_least=10
+        (100,),
+        "numbers of training images of finite networks, out of --counts",
+        at_least=10,
+        different=1,
     )
-    widths: tuple[int, ...] = flag((32, 128, 512), "widths of finite networks", at_least=1)
+    widths: tuple[int, ...] = flag(
+        (32, 128, 512), "widths of finite networks", at_least=1, different=2
+    )
     seeds: int = flag(2, "finite networks of each width", at_least=1)
     max_steps: int = flag(2000, "steps of a finite network's training at most", at_least=10)
     W_std: float = flag(
-        0.6, "standard deviation of the recurrent weights of finite networks", at_least=0
+        0.6,
+        "standard deviation of the recurrent weights of finite networks",
+        at_least=0,
+        below=2**0.5,
     )
     seed: int = flag(0, "of the choice of images, wrong labels and initialisations", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("counts", 2), ("widths", 2), ("network_counts", 1)):
-            values = getattr(self, name)
-            if len(set(values)) < max(least, len(values)):
-                raise InputError(
-                    f"--{name}={launch.format_value(values)} has to be at least {least} different "
-                    "numbers, none twice."
-                )
         if missing := set(self.network_counts) - set(self.counts):
             raise InputError(
                 f"--network_counts={launch.format_value(self.network_counts)}: {min(missing)} is "
                 f"not among --counts={launch.format_value(self.counts)}, and networks are compared "
                 "with kernels."
-            )
-        if self.label_noise > 0.5:
-            raise InputError(
-                f"--label_noise={self.label_noise} is too large: it has to be at most 0.5."
-            )
-        if self.W_std >= 2**0.5:
-            raise InputError(
-                f"--W_std={self.W_std} is too large: there is an equilibrium below √2 = 1.414."
             )
 
     @property
@@ -115,7 +124,6 @@ FAMILIES: dict[str, tuple[Callable[[float], Kernel], tuple[float, ...]]] = {
 }
 
 
-@dataclass(frozen=True)
 class Problem:
     """The first training images, with and without wrong labels.
 
@@ -123,32 +131,20 @@ class Problem:
       x: inputs, `(n, d)`.
       labels: as they are trained on, `(noises, n)`.
       targets: the same, centred one-hot, `(noises, n, C)`.
+      enough: the mean squared error of a network that fits.
     """
 
-    x: np.ndarray
-    labels: np.ndarray
-    targets: np.ndarray
+    def __init__(self, settings: Settings, data: Dataset, count: int):
+        y, classes = data.y_train[:count], len(data.classes)
+        self.x = data.x_train[:count]
+        self.labels = np.stack(
+            [noisy_labels(y, classes, noise, settings.seed) for noise in settings.noises]
+        )
+        self.targets = np.eye(classes)[self.labels] - 1 / classes
+        self.enough = ENOUGH * float(np.mean(self.targets**2))
 
 
-def make_problem(settings: Settings, data: Dataset, count: int) -> Problem:
-    """Takes the first `count` training images, and makes labels wrong."""
-    classes = len(data.classes)
-    labels = np.stack(
-        [
-            noisy_labels(data.y_train[:count], classes, noise, settings.seed)
-            for noise in settings.noises
-        ]
-    )
-    return Problem(data.x_train[:count], labels, np.eye(classes)[labels] - 1 / classes)
-
-
-def _enough(problem: Problem) -> float:
-    return ENOUGH * float(np.mean(problem.targets**2))
-
-
-def measure_kernels(
-    data: Dataset, problem: Problem, workdir: Workdir
-) -> dict[str, dict[str, np.ndarray]]:
+def measure_kernels(data: Dataset, problem: Problem, workdir: Workdir) -> dict[str, Arrays]:
     """Regresses with every kernel; what `regress` returns, by name of the kernel."""
     count, found = len(problem.x), {}
     for name, (family, shapes) in FAMILIES.items():
@@ -163,50 +159,89 @@ def measure_kernels(
             "regularisation": list(REGULARISATION),
         }  # fmt: skip
         part = name.replace(", ", "-").replace(" ", "-")
-        found[name], _ = workdir.part(f"{part}-{count}", inputs, compute)
+        found[name] = workdir.part(f"{part}-{count}", inputs, compute)
     return found
 
 
 def measure_networks(
     settings: Settings, data: Dataset, problem: Problem, workdir: Workdir
-) -> dict[int, dict[str, np.ndarray]]:
+) -> dict[int, Arrays]:
     """Trains finite networks; what `training.interpolate` returns, by width.
 
     With them is `limit`, `(noises, m, C)`: what they would learn if they were infinitely wide and
     fitted exactly, `Θ(x, X) Θ(X, X)⁻¹ y`.
     """
     count, found = len(problem.x), {}
-    architecture = Architecture(settings.W_std, 1.0, 0.0, "relu")
-    to = deq("ntk", settings.W_std)
-    ntk = to(problem.x, problem.x)
-    to_train = to(data.x_test, problem.x)
+    kernel = deq("ntk", settings.W_std)
+    ntk, to_train = kernel(problem.x, problem.x), kernel(data.x_test, problem.x)
     limit = np.stack([fit(ntk, y, NONE).predict(to_train) for y in problem.targets])
-    options = {
+    options: dict[str, Any] = {
+        "architecture": Architecture(settings.W_std, 1.0, 0.0, "relu"),
+        "x_train": problem.x, "y_train": problem.targets, "x_test": data.x_test,
         # A quarter of the largest with which the infinitely wide network converges.
         "learning_rate": problem.targets[0].size / (2 * float(np.linalg.eigvalsh(ntk)[-1])),
-        "max_steps": settings.max_steps,
-        "enough": _enough(problem),
-        "seeds": settings.seeds,
+        "max_steps": settings.max_steps, "enough": problem.enough, "seeds": settings.seeds,
         "seed": settings.seed,
-    }
+    }  # fmt: skip
     for width in sorted(settings.widths):
+        name = f"width {width}, n = {count}: at most {settings.max_steps} steps"
 
-        def compute(width=width):
-            with progress_bar(
-                desc=f"width {width}, n = {count}: at most {settings.max_steps} steps", unit="step"
-            ) as bar:
-                return training.interpolate(
-                    architecture, width, problem.x, problem.targets, data.x_test, **options,
-                    progress=bar.update,
-                )  # fmt: skip
+        def compute(width=width, name=name):
+            with progress_bar(desc=name, unit="step") as bar:
+                return training.interpolate(width=width, **options, progress=bar.update)
 
-        inputs = {
-            **vars(architecture), **options, "x": problem.x, "y": problem.targets,
-            "x_test": data.x_test,
-        }  # fmt: skip
-        trained, _ = workdir.part(f"width-{width}-{count}", inputs, compute)
+        trained = workdir.part(f"width-{width}-{count}", options, compute)
         found[width] = {**trained, "limit": limit}
     return found
+
+
+def summarise(
+    data: Dataset, problem: Problem, kernels: Mapping[str, Arrays], networks: Mapping[int, Arrays]
+) -> Summary:
+    """Reduces what the functions above return to errors; the numbers are those of results.json."""
+    noises, n = problem.labels.shape
+    summary: Summary = {"kernels": {}, "networks": {}, "comparison": []}
+    wrong: dict[str, np.ndarray] = {}
+    for name, found in kernels.items():
+        train = found["train"].argmax(-1) != problem.labels
+        test = found["test"].argmax(-1) != data.y_test
+        wrong[name] = test[MODES.index("tuned")].astype(float)
+        numbers = {
+            "shape": found["shape"],
+            "regularisation": found["regularisation"],
+            "train_error": train.mean(-1),
+            "test_error": test.mean(-1),
+        }
+        summary["kernels"][name] = {
+            mode: {key: of[i] for key, of in numbers.items()} for i, mode in enumerate(MODES)
+        }
+    for i in range(noises):
+        by_error = sorted(wrong, key=lambda name: wrong[name][i].mean())
+        ours = next(name for name in by_error if name.startswith("DEQ"))
+        other = next(name for name in by_error if not name.startswith("DEQ"))
+        difference = wrong[ours][i] - wrong[other][i]  # image by image
+        summary["comparison"].append(
+            {
+                "deq": ours,
+                "other": other,
+                "difference": difference.mean(),
+                "standard_error": stats.sem(difference),
+            }
+        )
+    for width, found in networks.items():
+        learned, limit = found["learned"], found["limit"]
+        distance = np.sqrt(np.square(learned[:, :, n:] - limit[:, None]).mean((2, 3)))
+        summary["networks"][width] = {
+            "steps": int(found["steps"]),
+            "learning_rate": float(found["learning_rate"]),
+            "train_mse": found["train_mse"],
+            "fits": found["train_mse"] <= problem.enough,
+            "train_error": (learned[:, :, :n].argmax(-1) != problem.labels[:, None]).mean(-1),
+            "test_error": (learned[:, :, n:].argmax(-1) != data.y_test).mean(-1),
+            "limit_test_error": (limit.argmax(-1) != data.y_test).mean(-1),
+            "distance": distance,
+        }
+    return summary
 
 
 def main(settings: Settings, workdir: Workdir) -> None:
@@ -215,18 +250,13 @@ def main(settings: Settings, workdir: Workdir) -> None:
     data = load(settings.data, settings.data_dir, counts[-1], settings.n_test, settings.seed)
     found = {}
     for count in counts:
-        problem = make_problem(settings, data, count)
+        problem = Problem(settings, data, count)
+        networks = {}
+        if count in settings.network_counts:
+            networks = measure_networks(settings, data, problem, workdir)
         kernels = measure_kernels(data, problem, workdir)
-        networks = (
-            measure_networks(settings, data, problem, workdir)
-            if count in settings.network_counts
-            else {}
-        )
-        enough = _enough(problem)
-        found[count] = generalization_report.summarise(
-            data, problem.labels, kernels, networks, enough
-        )
-    generalization_report.write(dataclasses.asdict(settings), settings.noises, found, workdir)
+        found[count] = summarise(data, problem, kernels, networks)
+    generalization_report.write(settings, found, workdir)
 
 
 if __name__ == "__main__":

@@ -2,97 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments.lib import report
-from experiments.lib.data import Dataset
 from experiments.lib.kernels import MODES
-from experiments.lib.workdir import Arrays, Workdir
+from experiments.lib.workdir import Workdir
+
+if TYPE_CHECKING:
+    from experiments.claims.generalization import Settings, Summary
 
 NTK = "DEQ, NTK"
 MARGIN = 0.005  # of test error, besides chance, within which kernels are about as good
 
-Summary = dict[str, Any]
 
-
-def summarise(
-    data: Dataset,
-    labels: np.ndarray,
-    kernels: Mapping[str, Arrays],
-    networks: Mapping[int, Arrays],
-    enough: float,
-) -> Summary:
-    """Reduces predictions to errors; the numbers are those of results.json.
-
-    Args:
-      data: what was learned.
-      labels: the training labels, `(noises, n)`.
-      kernels: what `regress` returned, by name.
-      networks: what `generalization.measure_networks` returned, by width.
-      enough: the mean squared error of a network that fits.
-    """
-    noises, n = labels.shape
-    summary: Summary = {"kernels": {}, "networks": {}, "comparison": []}
-    wrong: dict[str, np.ndarray] = {}
-    for name, found in kernels.items():
-        train = found["train"].argmax(-1) != labels
-        test = found["test"].argmax(-1) != data.y_test
-        wrong[name] = test[MODES.index("tuned")]
-        summary["kernels"][name] = {
-            mode: {
-                "shape": found["shape"][i].tolist(),
-                "regularisation": found["regularisation"][i].tolist(),
-                "train_error": train[i].mean(-1).tolist(),
-                "test_error": test[i].mean(-1).tolist(),
-            }
-            for i, mode in enumerate(MODES)
-        }
-    for i in range(noises):
-        by_error = sorted(wrong, key=lambda name: wrong[name][i].mean())
-        ours = next(name for name in by_error if name.startswith("DEQ"))
-        other = next(name for name in by_error if not name.startswith("DEQ"))
-        difference = wrong[ours][i].astype(float) - wrong[other][i]  # image by image
-        summary["comparison"].append(
-            {
-                "deq": ours,
-                "other": other,
-                "difference": float(difference.mean()),
-                "standard_error": float(difference.std(ddof=1) / np.sqrt(len(difference))),
-            }
-        )
-    for width, found in networks.items():
-        learned, limit = found["learned"], found["limit"]
-        distance = np.sqrt(np.square(learned[:, :, n:] - limit[:, None]).mean((2, 3)))
-        summary["networks"][width] = {
-            "steps": int(found["steps"]),
-            "learning_rate": float(found["learning_rate"]),
-            "train_mse": found["train_mse"].tolist(),
-            "fits": (found["train_mse"] <= enough).tolist(),
-            "train_error": (learned[:, :, :n].argmax(-1) != labels[:, None]).mean(-1).tolist(),
-            "test_error": (learned[:, :, n:].argmax(-1) != data.y_test).mean(-1).tolist(),
-            "limit_test_error": (limit.argmax(-1) != data.y_test).mean(-1).tolist(),
-            "distance": distance.tolist(),
-        }
-    return summary
-
-
-def write(
-    settings: Mapping[str, Any],
-    noises: Sequence[float],
-    found: Mapping[int, Summary],
-    workdir: Workdir,
-) -> None:
+def write(settings: Settings, found: Mapping[int, Summary], workdir: Workdir) -> None:
     """Writes results.json, generalization.png and report.md."""
+    noises = settings.noises
     report.write_claims(
         workdir,
         "generalization",
         title="Infinitely deep kernels fit wrong labels, and generalise",
-        introduction=f"Regression on centred one-hot targets of `{settings['data']}`; the class is "
+        introduction=f"Regression on centred one-hot targets of `{settings.data}`; the class is "
         "the largest output. A wrong training label is another class, drawn at random; test labels "
-        f"are right, {settings['n_test']} of them. The mean image of the largest training set was "
+        f"are right, {settings.n_test} of them. The mean image of the largest training set was "
         "subtracted, and every image scaled to one norm.\n\n"
         "Every kernel is used twice: interpolating (nothing added to its diagonal but 10⁻¹⁰ of its "
         "mean; of an NTK this is gradient descent at t = ∞) and tuned (as much as is best). What "
@@ -106,55 +41,44 @@ def write(
         "the largest number. Right: finite networks trained until they interpolate, and the NTK "
         "at t = ∞ (dashed), which is what they would learn if they were infinitely wide.",
         settings=settings,
-        claims=_claims(settings, noises, found),
+        claims=_claims(settings, found),
         numbers={"noises": list(noises), "measured": found},
-        tables=[
-            report.Table(
-                ("kernel, n", *(f"{_noise_name(p)}: {c}" for p in noises for c in
-                 ("tuned", "its λ", "t = ∞", "training"))),
-                _kernel_rows(found),
-                "Test error of kernels",
-                "λ is what tuning adds to the diagonal, relative to its mean; t = ∞ is "
-                "interpolation, and training is its error on its training images.",
-            ),
-            report.Table(
-                ("width, n", "labels", "training MSE", "fits", "training error", "test error",
-                 "at infinite width", "distance to it", "steps"),
-                _network_rows(noises, found),
-                "Finite networks",
-                "Means over networks; the training MSE is the largest, and the distance is RMS "
-                "over test outputs.",
-            ),
-        ],
+        sections={
+            "Test error of kernels": "λ is what tuning adds to the diagonal, relative to its mean; "
+            "t = ∞ is interpolation, and training is its error on its training images.\n\n"
+            + _kernel_table(noises, found),
+            "Finite networks": "Means over networks; the training MSE is the largest, and the "
+            f"distance is RMS over test outputs.\n\n{_network_table(noises, found)}",
+        },
         draw=lambda plt: _draw(plt, noises, found),
-    )  # fmt: skip
+    )
 
 
 def _noise_name(noise: float) -> str:
     return f"{noise:.0%} wrong" if noise else "right labels"
 
 
-def _kernel_rows(found: Mapping[int, Summary]) -> list[list[str]]:
+def _kernel_table(noises: Sequence[float], found: Mapping[int, Summary]) -> str:
+    columns = ("tuned", "its λ", "t = ∞", "training")
+    header = [f"{_noise_name(noise)}: {column}" for noise in noises for column in columns]
     rows = []
     for count, summary in found.items():
         for name, by_mode in summary["kernels"].items():
             tuned, free = (by_mode[mode] for mode in MODES)
-            cells = [
-                f"{value:{form}}"
-                for i in range(len(tuned["test_error"]))
-                for value, form in (
-                    (tuned["test_error"][i], ".2%"),
-                    (tuned["regularisation"][i], ".1g"),
-                    (free["test_error"][i], ".2%"),
-                    (free["train_error"][i], ".2%"),
-                )
-            ]
-            rows.append([f"{name}, {count}", *cells])
-    return rows
+            row = [f"{name}, {count}"]
+            for i in range(len(noises)):
+                row += [f"{tuned['test_error'][i]:.2%}", f"{tuned['regularisation'][i]:.1g}"]
+                row += [f"{free[of][i]:.2%}" for of in ("test_error", "train_error")]
+            rows.append(row)
+    return report.table(("kernel, n", *header), rows)
 
 
-def _network_rows(noises: Sequence[float], found: Mapping[int, Summary]) -> list[list[str]]:
-    return [
+def _network_table(noises: Sequence[float], found: Mapping[int, Summary]) -> str:
+    header = (
+        "width, n", "labels", "training MSE", "fits", "training error", "test error",
+        "at infinite width", "distance to it", "steps",
+    )  # fmt: skip
+    rows = [
         [
             f"{width}, {count}",
             _noise_name(noise),
@@ -170,92 +94,78 @@ def _network_rows(noises: Sequence[float], found: Mapping[int, Summary]) -> list
         for width, network in summary["networks"].items()
         for i, noise in enumerate(noises)
     ]
+    return report.table(header, rows)
 
 
-def _by_count(found: Mapping[int, Summary], of: Any, form: str = ".2%") -> str:
-    return ", ".join(f"{of(summary):{form}} ({count})" for count, summary in found.items())
+def _by_count(values: Mapping[int, float], form: str = ".2%") -> str:
+    return ", ".join(f"{value:{form}} ({count})" for count, value in values.items())
 
 
-def _claims(
-    settings: Mapping[str, Any], noises: Sequence[float], found: Mapping[int, Summary]
-) -> list[report.Claim]:
-    free = [summary["kernels"][NTK]["interpolating"] for summary in found.values()]
-    last, noise = max(found), noises[1]
-    claims = [
-        report.Claim(
-            "Trained for ever, the infinitely wide DEQ (its NTK) fits every training label, wrong "
-            "ones too.",
-            f"Its error on {', '.join(map(str, found))} training images is at most "
-            f"{max(max(f['train_error']) for f in free):.2%}, without wrong labels and with "
-            f"{noise:.0%}; it has to be 0.",
-            all(error == 0 for f in free for error in f["train_error"]),
-        )
-    ]
-    for i, noise in enumerate(noises):
-        first_error, last_error = free[0]["test_error"][i], free[-1]["test_error"][i]
-        chance = np.sqrt(
-            (first_error * (1 - first_error) + last_error * (1 - last_error)) / settings["n_test"]
-        )
-        below = not noise or last_error < noise
-        claims.append(
-            report.Claim(
-                f"{_noise_name(noise).capitalize()}: interpolating, its test error falls with the "
-                "number of training images all the same"
-                + (", and below the fraction of wrong labels." if noise else "."),
-                _by_count(found, lambda s, i=i: s["kernels"][NTK]["interpolating"]["test_error"][i])
-                + f"; from first to last it has to fall by two standard errors, {2 * chance:.2%}.",
-                bool(first_error - last_error > 2 * chance and below),
-            )
-        )
-
-    def excess(summary):
-        tuned, free = (summary["kernels"][NTK][mode]["test_error"][1] for mode in MODES)
-        return free - tuned
-
-    before = [excess(summary) for count, summary in found.items() if count != last]
-    claims.append(
-        report.Claim(
-            f"{_noise_name(noises[1]).capitalize()}: overfitting is benign, what interpolation "
-            "adds to the test error of the tuned kernel vanishes as training images get more.",
-            f"The DEQ's NTK adds {_by_count(found, excess, '+.2%')}; the last has to be below the "
-            "largest before and below one percentage point.",
-            excess(found[last]) < min(0.01, max(before)),
-        )
+def _claims(settings: Settings, found: Mapping[int, Summary]) -> Iterator[report.Claim]:
+    noises, last = settings.noises, found[max(found)]
+    tuned, free = (
+        {count: summary["kernels"][NTK][mode] for count, summary in found.items()} for mode in MODES
+    )
+    train_errors = [error for of in free.values() for error in of["train_error"]]
+    yield report.Claim(
+        "Trained for ever, the infinitely wide DEQ (its NTK) fits every training label, wrong ones "
+        "too.",
+        f"Its error on {', '.join(map(str, found))} training images is at most "
+        f"{max(train_errors):.2%}, without wrong labels and with {noises[1]:.0%}; it has to be 0.",
+        not any(train_errors),
     )
     for i, noise in enumerate(noises):
-        c = found[last]["comparison"][i]
+        errors = {count: of["test_error"][i] for count, of in free.items()}
+        first_error, *_, last_error = errors.values()
+        chance = np.sqrt(sum(e * (1 - e) for e in (first_error, last_error)) / settings.n_test)
+        below = not noise or last_error < noise
+        yield report.Claim(
+            f"{_noise_name(noise).capitalize()}: interpolating, its test error falls with the "
+            "number of training images all the same"
+            + (", and below the fraction of wrong labels." if noise else "."),
+            f"{_by_count(errors)}; from first to last it has to fall by two standard errors, "
+            f"{2 * chance:.2%}.",
+            bool(first_error - last_error > 2 * chance and below),
+        )
+    excess = {n: free[n]["test_error"][1] - tuned[n]["test_error"][1] for n in found}
+    *before, at_last = excess.values()
+    yield report.Claim(
+        f"{_noise_name(noises[1]).capitalize()}: overfitting is benign, what interpolation "
+        "adds to the test error of the tuned kernel vanishes as training images get more.",
+        f"The DEQ's NTK adds {_by_count(excess, '+.2%')}; the last has to be below the "
+        "largest before and below one percentage point.",
+        bool(at_last < min(0.01, max(before))),
+    )
+    for noise, i, c in zip(noises, (0, 1), last["comparison"], strict=True):
         bound = MARGIN + 2 * c["standard_error"]
         ours, other = (
-            found[last]["kernels"][c[key]]["tuned"]["test_error"][i] for key in ("deq", "other")
+            last["kernels"][c[key]]["tuned"]["test_error"][i] for key in ("deq", "other")
         )
-        claims.append(
-            report.Claim(
-                f"{_noise_name(noise).capitalize()}: infinitely deep kernels are about as good as "
-                "explicit ones and an RBF kernel.",
-                f"Tuned, on {last} training images, the better of the DEQ's ({c['deq']}) has a "
-                f"test error of {ours:.2%}, the best of the others ({c['other']}) {other:.2%}; the "
-                f"difference, {c['difference']:+.2%}, has to be below {MARGIN:.1%} and two "
-                f"standard errors (image by image), together {bound:.2%}.",
-                c["difference"] < bound,
-            )
+        yield report.Claim(
+            f"{_noise_name(noise).capitalize()}: infinitely deep kernels are about as good as "
+            "explicit ones and an RBF kernel.",
+            f"Tuned, on {max(found)} training images, the better of the DEQ's ({c['deq']}) has "
+            f"a test error of {ours:.2%}, the best of the others ({c['other']}) {other:.2%}; "
+            f"the difference, {c['difference']:+.2%}, has to be below {MARGIN:.1%} and two "
+            f"standard errors (image by image), together {bound:.2%}.",
+            bool(c["difference"] < bound),
         )
-    return [*claims, _network_claim(noises, found)]
+    yield _network_claim(noises, found)
 
 
 def _network_claim(noises: Sequence[float], found: Mapping[int, Summary]) -> report.Claim:
     measured, holds, unfitted = [], True, []
     for count, summary in found.items():
-        networks = summary["networks"]
+        if not summary["networks"]:
+            continue
         for i, noise in enumerate(noises):
-            distances = [float(np.mean(network["distance"][i])) for network in networks.values()]
-            if not distances:
-                continue
-            shown = ", ".join(f"{d:.3f} ({w})" for d, w in zip(distances, networks, strict=True))
+            distances = {w: of["distance"][i].mean() for w, of in summary["networks"].items()}
+            shown = ", ".join(f"{distance:.3f} ({width})" for width, distance in distances.items())
             measured.append(f"{count} images, {_noise_name(noise)}: {shown}")
-            holds &= bool((np.diff(distances) < 0).all())
+            holds &= bool((np.diff(list(distances.values())) < 0).all())
             unfitted += [
                 f"width {width} on {count} images, {_noise_name(noise)}"
-                for width, network in networks.items()
+                for width, network in summary["networks"].items()
                 if not all(network["fits"][i])
             ]
     return report.Claim(

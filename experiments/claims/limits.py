@@ -10,6 +10,7 @@ without injection (`W_std² = 2`). Writes results.json, limits.png and report.md
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -158,8 +159,7 @@ def measure_mlp(settings: Settings, workdir: Workdir) -> dict[str, Any]:
     }
 
 
-def _claims(settings: Settings, found: dict[str, Any]) -> list[report.Claim]:
-    claims = []
+def _claims(settings: Settings, found: dict[str, Any]) -> Iterator[report.Claim]:
     for activation in ACTIVATIONS:
         f = found[activation]
         wide = max(f["grid"])
@@ -169,63 +169,51 @@ def _claims(settings: Settings, found: dict[str, Any]) -> list[report.Claim]:
         off = max(
             (m - bias) / c for m, c in zip(exact["mean_error"], exact["chance_error"], strict=True)
         )
-        claims.append(
-            report.Claim(
-                f"{activation}: depth first or width first, the covariance is Σ*.",
-                f"Width first: the kernel of depth {KERNEL_DEPTHS[-1]} is within "
-                f"{f['kernel_errors'][-1]:.1g} of Σ* (relative squared error). Depth first: the "
-                f"mean over {settings.networks} networks of width {wide} and depth {DEPTHS[-1]} is "
-                f"within {equilibrium['mean_error'][-1]:.2g}, where chance gives "
-                f"{equilibrium['chance_error'][-1]:.2g}; at every depth it is at most "
-                f"{max(off, 0):.1f} times chance from the kernel of that depth.",
-                off < 4 and f["kernel_errors"][-1] < 1e-10,
-            )
+        yield report.Claim(
+            f"{activation}: depth first or width first, the covariance is Σ*.",
+            f"Width first: the kernel of depth {KERNEL_DEPTHS[-1]} is within "
+            f"{f['kernel_errors'][-1]:.1g} of Σ* (relative squared error). Depth first: the "
+            f"mean over {settings.networks} networks of width {wide} and depth {DEPTHS[-1]} is "
+            f"within {equilibrium['mean_error'][-1]:.2g}, where chance gives "
+            f"{equilibrium['chance_error'][-1]:.2g}; at every depth it is at most "
+            f"{max(off, 0):.1f} times chance from the kernel of that depth.",
+            off < 4 and f["kernel_errors"][-1] < 1e-10,
         )
         single = equilibrium["median_single_error"]
-        claims.append(
-            report.Claim(
-                f"{activation}: one network's error has its floor after 1–2 iterations (published: "
-                "near 1.5e-2 at width 1000).",
-                f"At width {wide}, the median by depth: "
-                + ", ".join(f"{e:.3g} ({d})" for d, e in zip(DEPTHS, single, strict=True))
-                + f"; the floor is {single[-1] * wide:.1f}/width.",
-                single[2] < 1.5 * single[-1],
-            )
+        yield report.Claim(
+            f"{activation}: one network's error has its floor after 1–2 iterations (published: "
+            "near 1.5e-2 at width 1000).",
+            f"At width {wide}, the median by depth: "
+            + ", ".join(f"{e:.3g} ({d})" for d, e in zip(DEPTHS, single, strict=True))
+            + f"; the floor is {single[-1] * wide:.1f}/width.",
+            single[2] < 1.5 * single[-1],
         )
-        claims.append(
-            report.Claim(
-                f"{activation}: the kernel converges geometrically with depth, at the rate "
-                "W_std² E[φ'φ'] of its slowest entry.",
-                f"The slowest entry's error falls by {f['measured_rate']:.4f} a layer; the rate is "
-                f"{f['rate']:.4f}.",
-                abs(f["measured_rate"] / f["rate"] - 1) < 0.1,
-            )
+        yield report.Claim(
+            f"{activation}: the kernel converges geometrically with depth, at the rate "
+            "W_std² E[φ'φ'] of its slowest entry.",
+            f"The slowest entry's error falls by {f['measured_rate']:.4f} a layer; the rate is "
+            f"{f['rate']:.4f}.",
+            abs(f["measured_rate"] / f["rate"] - 1) < 0.1,
         )
     mlp = found["mlp"]
-    claims.append(
-        report.Claim(
-            "The infinitely deep ReLU MLP degenerates: its correlations go to 1 as 9π²/(2l²) and "
-            "its kernel's smallest eigenvalue to 0.",
-            f"At depth {MLP_KERNEL_DEPTHS[-1]} 1 - ρ = {mlp['correlation_gap'][-1]:.3g} "
-            f"(9π²/(2l²) = {mlp['asymptote'][-1]:.3g}), λ_min = "
-            f"{mlp['smallest_eigenvalue'][-1]:.2g}, from {max(mlp['smallest_eigenvalue']):.2g} at "
-            "its largest.",
-            abs(mlp["correlation_gap"][-1] / mlp["asymptote"][-1] - 1) < 0.01
-            and mlp["smallest_eigenvalue"][-1] < 1e-3 * max(mlp["smallest_eigenvalue"]),
-        )
+    yield report.Claim(
+        "The infinitely deep ReLU MLP degenerates: its correlations go to 1 as 9π²/(2l²) and "
+        "its kernel's smallest eigenvalue to 0.",
+        f"At depth {MLP_KERNEL_DEPTHS[-1]} 1 - ρ = {mlp['correlation_gap'][-1]:.3g} (9π²/(2l²) = "
+        f"{mlp['asymptote'][-1]:.3g}), λ_min = {mlp['smallest_eigenvalue'][-1]:.2g}, from "
+        f"{max(mlp['smallest_eigenvalue']):.2g} at its largest.",
+        abs(mlp["correlation_gap"][-1] / mlp["asymptote"][-1] - 1) < 0.01
+        and mlp["smallest_eigenvalue"][-1] < 1e-3 * max(mlp["smallest_eigenvalue"]),
     )
     narrow = mlp["grid"][min(mlp["grid"])]["median_single_error"]
-    claims.append(
-        report.Claim(
-            "The limits of the MLP do not commute: at a fixed width, more depth takes it away from "
-            "its infinitely wide limit.",
-            f"At width {min(mlp['grid'])} the median relative squared error of a network to the "
-            f"kernel of its depth is {narrow[0]:.2g} at depth 1 and {narrow[-1]:.2g} at depth "
-            f"{MLP_DEPTHS[-1]}.",
-            narrow[-1] > 3 * narrow[0],
-        )
+    yield report.Claim(
+        "The limits of the MLP do not commute: at a fixed width, more depth takes it away from "
+        "its infinitely wide limit.",
+        f"At width {min(mlp['grid'])} the median relative squared error of a network to the "
+        f"kernel of its depth is {narrow[0]:.2g} at depth 1 and {narrow[-1]:.2g} at depth "
+        f"{MLP_DEPTHS[-1]}.",
+        narrow[-1] > 3 * narrow[0],
     )
-    return claims
 
 
 def _draw(found: dict[str, Any], plt: Any) -> Any:

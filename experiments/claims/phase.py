@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -136,20 +137,17 @@ def _crossing(points: list[dict[str, Any]]) -> float | None:
     return None
 
 
-def _claims(settings: Settings, found: dict[str, list[dict[str, Any]]]) -> list[report.Claim]:
-    claims = []
+def _claims(settings: Settings, found: dict[str, list[dict[str, Any]]]) -> Iterator[report.Claim]:
     for activation, points in found.items():
         inside = [p for p in points if p["global"] < 1]
         at_rest = [p["W_std"] for p in points if p["converged"] == 1]
-        claims.append(
-            report.Claim(
-                f"{activation}: where 2 W_std Lip(φ) < 1 there is an equilibrium; the published "
-                "figures, at W_std = 0.6, are outside of this bound.",
-                f"{np.mean([p['converged'] for p in inside]):.0%} of networks of width "
-                f"{settings.width} come to rest within the bound; all of them do up to W_std = "
-                f"{max(at_rest, default=0):.3g}.",
-                all(p["converged"] == 1 for p in inside),
-            )
+        yield report.Claim(
+            f"{activation}: where 2 W_std Lip(φ) < 1 there is an equilibrium; the published "
+            "figures, at W_std = 0.6, are outside of this bound.",
+            f"{np.mean([p['converged'] for p in inside]):.0%} of networks of width "
+            f"{settings.width} come to rest within the bound; all of them do up to W_std = "
+            f"{max(at_rest, default=0):.3g}.",
+            all(p["converged"] == 1 for p in inside),
         )
         margin = 4 / settings.width**0.5  # finite networks differ from wide ones by so much
         below = [p for p in points if _largest(p) < 1 - margin]
@@ -167,28 +165,23 @@ def _claims(settings: Settings, found: dict[str, list[dict[str, Any]]]) -> list[
         )
         if share_above is not None:
             measured += f"; above {1 + margin:.2f}, {share_above:.0%}"
-        claims.append(
-            report.Claim(
-                f"{activation}: what decides is W_std² E[φ'(z*)²] < 1.",
-                f"{measured}.",
-                share_below > 0.98 and (share_above is None or share_above < 0.2),
-            )
+        yield report.Claim(
+            f"{activation}: what decides is W_std² E[φ'(z*)²] < 1.",
+            f"{measured}.",
+            share_below > 0.98 and (share_above is None or share_above < 0.2),
         )
         ratios = [
             float(np.mean(p["spectral_radii"]) / p["local"][0] ** 0.5)
             for p in below
             if p["spectral_radii"]
         ]
-        claims.append(
-            report.Claim(
-                f"{activation}: the spectral radius of a wide network's Jacobian is "
-                "√(W_std² E[φ'²]) (circular law).",
-                f"At width {settings.width} the mean radius is {min(ratios):.2f} to "
-                f"{max(ratios):.2f} times that.",
-                abs(float(np.mean(ratios)) - 1) < 0.1,
-            )
+        yield report.Claim(
+            f"{activation}: the spectral radius of a wide network's Jacobian is "
+            "√(W_std² E[φ'²]) (circular law).",
+            f"At width {settings.width} the mean radius is {min(ratios):.2f} to "
+            f"{max(ratios):.2f} times that.",
+            abs(float(np.mean(ratios)) - 1) < 0.1,
         )
-    return claims
 
 
 def _draw(found: dict[str, list[dict[str, Any]]], plt: Any) -> Any:

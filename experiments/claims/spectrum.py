@@ -10,6 +10,7 @@ results.json, spectrum.png and report.md to --workdir.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,60 +116,50 @@ def _mlp(settings: Settings) -> list[dict[str, Any]]:
     return [_smallest(np.asarray(kernel) / 2) for kernel in kernels]
 
 
-def _claims(found: dict[str, Any]) -> list[report.Claim]:
-    claims = []
+def _claims(found: dict[str, Any]) -> Iterator[report.Claim]:
     for activation in ACTIVATIONS:
         f = found[activation]
         cases = [*f["by_W_std"].values(), *f["by_count"].values()]
         smallest = {k: min(case[k]["value"] for case in cases) for k in ("nngp", "ntk")}
-        claims.append(
-            report.Claim(
-                f"{activation}: Σ* and the NTK of distinct inputs are strictly positive definite, "
-                "for every W_std and number of inputs.",
-                f"λ_min over {len(cases)} settings (W_std {W_STDS[0]} to {W_STDS[-1]}; up to "
-                f"{max(f['by_count'])} inputs) is at least {smallest['nngp']:.2g} (Σ*) and "
-                f"{smallest['ntk']:.2g} (NTK), each above what rounding could make of 0.",
-                all(case[k]["positive"] for case in cases for k in ("nngp", "ntk")),
-            )
+        yield report.Claim(
+            f"{activation}: Σ* and the NTK of distinct inputs are strictly positive definite, "
+            "for every W_std and number of inputs.",
+            f"λ_min over {len(cases)} settings (W_std {W_STDS[0]} to {W_STDS[-1]}; up to "
+            f"{max(f['by_count'])} inputs) is at least {smallest['nngp']:.2g} (Σ*) and "
+            f"{smallest['ntk']:.2g} (NTK), each above what rounding could make of 0.",
+            all(case[k]["positive"] for case in cases for k in ("nngp", "ntk")),
         )
         wide = max(f["finite"])
         means = {w: float(np.mean(values)) for w, values in f["finite"].items()}
         published = ", ".join(f"{v:.4f}" for v in PUBLISHED[activation].values())
-        claims.append(
-            report.Claim(
-                f"{activation}: λ_min of a network tends to that of Σ* from below as it gets wider "
-                f"(published, one network of width 32 to 4096: {published}).",
-                "Means by width: "
-                + ", ".join(f"{mean:.4f} ({w})" for w, mean in means.items())
-                + f"; Σ* has {f['limit']:.4f} for these inputs. They are other draws than the "
-                "published ones, and λ_min is a property of the inputs.",
-                means[min(means)] < means[wide] and abs(means[wide] / f["limit"] - 1) < 0.25,
-            )
+        yield report.Claim(
+            f"{activation}: λ_min of a network tends to that of Σ* from below as it gets wider "
+            f"(published, one network of width 32 to 4096: {published}).",
+            "Means by width: "
+            + ", ".join(f"{mean:.4f} ({w})" for w, mean in means.items())
+            + f"; Σ* has {f['limit']:.4f} for these inputs. They are other draws than the "
+            "published ones, and λ_min is a property of the inputs.",
+            means[min(means)] < means[wide] and abs(means[wide] / f["limit"] - 1) < 0.25,
         )
-    claims.append(
-        report.Claim(
-            "The kernel of the ReLU MLP without injection degenerates with depth.",
-            "λ_min by depth: "
-            + ", ".join(
-                f"{s['value']:.2g} ({d})" for d, s in zip(MLP_DEPTHS, found["mlp"], strict=True)
-            )
-            + f"; that of the DEQ, of infinite depth, is {found['relu']['limit']:.2g}.",
-            # The kernel of depth 1 is linear, so the largest and not the first.
-            found["mlp"][-1]["value"] < 0.01 * max(s["value"] for s in found["mlp"])
-            and found["mlp"][-1]["value"] < found["relu"]["limit"],
+    yield report.Claim(
+        "The kernel of the ReLU MLP without injection degenerates with depth.",
+        "λ_min by depth: "
+        + ", ".join(
+            f"{s['value']:.2g} ({d})" for d, s in zip(MLP_DEPTHS, found["mlp"], strict=True)
         )
+        + f"; that of the DEQ, of infinite depth, is {found['relu']['limit']:.2g}.",
+        # The kernel of depth 1 is linear, so the largest and not the first.
+        found["mlp"][-1]["value"] < 0.01 * max(s["value"] for s in found["mlp"])
+        and found["mlp"][-1]["value"] < found["relu"]["limit"],
     )
     cases = found["exceptions"]
     singular = list(cases)[:3]
-    claims.append(
-        report.Claim(
-            "Without bias, odd φ is singular on {x, −x}, homogeneous φ on {x, cx}, and linear φ on "
-            "more inputs than features; a bias, or another φ, repairs it.",
-            "; ".join(f"{name}: λ_min = {case['value']:.1e}" for name, case in cases.items()) + ".",
-            all(case["positive"] == (name not in singular) for name, case in cases.items()),
-        )
+    yield report.Claim(
+        "Without bias, odd φ is singular on {x, −x}, homogeneous φ on {x, cx}, and linear φ on "
+        "more inputs than features; a bias, or another φ, repairs it.",
+        "; ".join(f"{name}: λ_min = {case['value']:.1e}" for name, case in cases.items()) + ".",
+        all(case["positive"] == (name not in singular) for name, case in cases.items()),
     )
-    return claims
 
 
 def _draw(found: dict[str, Any], plt: Any) -> Any:

@@ -251,13 +251,12 @@ def _mnist(data_dir: str | None) -> tuple[Labelled, Labelled]:
         raise InputError("--data=mnist needs --data_dir: the directory of MNIST's four IDX files.")
 
     def part(stem: str) -> Labelled:
-        directory = Path(data_dir)
-        images = _idx(directory, f"{stem}-images-idx3-ubyte", 3)
-        labels = _idx(directory, f"{stem}-labels-idx1-ubyte", 1)
+        images = _idx(Path(data_dir), f"{stem}-images-idx3-ubyte", 3)
+        labels = _idx(Path(data_dir), f"{stem}-labels-idx1-ubyte", 1)
         if len(images) != len(labels):
             raise InputError(
-                f"--data_dir={data_dir}: {stem} has {len(images)} images and {len(labels)} labels; "
-                "they have to be as many: copy the files again."
+                f"--data_dir={data_dir}: {stem} has {len(images)} images and {len(labels)} labels, "
+                "and needs one for each: copy the files again."
             )
         return images, labels.astype(np.int64)
 
@@ -290,6 +289,10 @@ def _idx(directory: Path, name: str, ndim: int) -> np.ndarray:
 
 
 def _npz(name: str) -> tuple[Labelled, Labelled]:
+    def check(right: Any, message: str) -> None:
+        if not right:
+            raise InputError(f"--data={name}{message}.")
+
     try:
         with np.load(name, allow_pickle=False) as file:
             arrays = {key: file[key] for key in NPZ_ARRAYS if key in file}
@@ -298,42 +301,36 @@ def _npz(name: str) -> tuple[Labelled, Labelled]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"--data={name} cannot be read as arrays ({error}).") from error
     missing = [key for key in NPZ_ARRAYS if key not in arrays]
-    if missing:
-        raise InputError(
-            f"--data={name} has no {', '.join(missing)}: it needs {', '.join(NPZ_ARRAYS)}."
+    check(not missing, f" has no {', '.join(missing)}: it needs {', '.join(NPZ_ARRAYS)}")
+    train, test = ((arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test"))
+    for part, (x, y) in (("train", train), ("test", test)):
+        check(
+            x.ndim > 1 and x.size and x.dtype.kind in "biuf",
+            f": x_{part} is {x.dtype} of shape {x.shape}; it must be numbers of shape (n, ...), "
+            "one input per row",
         )
-    x_train, y_train, x_test, y_test = (arrays[key] for key in NPZ_ARRAYS)
-    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        if x.ndim < 2 or x.size == 0 or x.dtype.kind not in "biuf":
-            raise InputError(
-                f"--data={name}: x_{part} is {x.dtype} of shape {x.shape}; it has to be numbers of "
-                "shape (n, ...), one input a row."
-            )
         labels = y.dtype.kind in "iu" and y.ndim == 1
-        if not (labels or (y.dtype.kind == "f" and y.ndim in (1, 2))) or len(y) != len(x):
-            raise InputError(
-                f"--data={name}: y_{part} is {y.dtype} of shape {y.shape}; it must be integer "
-                f"labels of shape {x.shape[:1]}, one for each input, or real numbers of shape "
-                f"{x.shape[:1]} or ({len(x)}, C)."
-            )
+        check(
+            (labels or (y.dtype.kind == "f" and y.ndim in (1, 2))) and len(y) == len(x),
+            f": y_{part} is {y.dtype} of shape {y.shape}; it must be integer labels of shape "
+            f"{x.shape[:1]}, one for each input, or real numbers of shape {x.shape[:1]} or "
+            f"({len(x)}, C)",
+        )
         for array, values in ((f"x_{part}", x), (f"y_{part}", y)):
-            if not np.isfinite(values).all():
-                raise InputError(
-                    f"--data={name}: {array} has NaN or infinite values: drop or impute them."
-                )
-    if x_train.shape[1:] != x_test.shape[1:]:
-        raise InputError(
-            f"--data={name}: one x_train has shape {x_train.shape[1:]} and one x_test "
-            f"{x_test.shape[1:]}; they have to be the same."
-        )
-    if (y_train.dtype.kind == "f") != (y_test.dtype.kind == "f"):
-        raise InputError(
-            f"--data={name}: y_train is {y_train.dtype} and y_test {y_test.dtype}; both must be "
-            "labels or both real numbers."
-        )
-    if y_train.shape[1:] != y_test.shape[1:]:
-        raise InputError(
-            f"--data={name}: y_train has shape {y_train.shape} and y_test {y_test.shape}; both "
-            "need as many columns."
-        )
-    return (x_train, y_train), (x_test, y_test)
+            check(
+                np.isfinite(values).all(),
+                f": {array} has NaN or infinite values: drop or impute them",
+            )
+    (x_train, y_train), (x_test, y_test) = train, test
+    check(
+        x_train.shape[1:] == x_test.shape[1:],
+        f": one x_train has shape {x_train.shape[1:]} and one x_test {x_test.shape[1:]}; both must "
+        "have the same",
+    )
+    kinds = [(y.dtype.kind == "f", y.shape[1:]) for y in (y_train, y_test)]
+    check(
+        kinds[0] == kinds[1],
+        f": y_train is {y_train.dtype} of shape {y_train.shape} and y_test {y_test.dtype} of shape "
+        f"{y_test.shape}; both must be labels, or real numbers in as many columns",
+    )
+    return train, test

@@ -39,9 +39,8 @@ class Settings(DataSettings):
     seeds: int = flag(8, "networks of each width", at_least=2)
     W_std: float = flag(
         0.6,
-        "standard deviation of the recurrent weights; there is an equilibrium where "
-        "W_std² E[φ'²] < 1 (relu: W_std < 1.41), and networks are near their limit where W_std is "
-        "well below",
+        "standard deviation of the recurrent weights; there is an equilibrium where W_std² E[φ'²] "
+        "< 1 (relu: W_std < 1.41), and networks are near their limit where W_std is well below",
         at_least=0,
     )
     U_std: float = flag(1.0, "standard deviation of the input weights", above=0)

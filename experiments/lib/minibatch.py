@@ -38,25 +38,6 @@ class State(NamedTuple):
     finite: Array
 
 
-class Evaluation(NamedTuple):
-    """How a network does on many inputs.
-
-    Attributes:
-      loss: mean.
-      accuracy: fraction classified correctly.
-      equilibrium_steps: layers until all inputs are at equilibrium.
-      residual: the largest `|f(z) - z| / |z|` of an input.
-      spectral_radius: the largest estimate of it at the equilibrium of one of the first
-        `JACOBIAN_INPUTS` inputs.
-    """
-
-    loss: float
-    accuracy: float
-    equilibrium_steps: int
-    residual: float
-    spectral_radius: float
-
-
 def make_schedule(kind: str, learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """The learning rate of each step.
 
@@ -186,24 +167,27 @@ class Classifier:
             finite=state.finite & _all_finite((loss, gradient)),
         )
 
-    def evaluate(self, params: Any, x: Array, labels: Array) -> Evaluation:
+    def evaluate(self, params: Any, x: Array, labels: Array) -> dict[str, float]:
         """Measures the network with parameters `params` on inputs, `(n, ...)`, with their labels.
 
-        The loss is NaN where an input has no equilibrium.
+        Returns:
+          `test_loss`, the mean, NaN where an input has no equilibrium; `test_accuracy`, the
+          fraction classified correctly; `equilibrium_steps`, layers until all inputs are at
+          equilibrium; `residual`, the largest `|f(z) - z| / |z|` of an input; `spectral_radius`,
+          the largest estimate of it at the equilibrium of one of the first `JACOBIAN_INPUTS`.
         """
         parts = [
             self._evaluate(params, x[i : i + EVALUATION_BATCH], labels[i : i + EVALUATION_BATCH])
             for i in range(0, len(x), EVALUATION_BATCH)
         ]
         loss, correct, steps, residual = np.array(parts, float).T
-        radius = self._radius(params, x[:JACOBIAN_INPUTS])
-        return Evaluation(
-            loss.sum() / len(x),
-            correct.sum() / len(x),
-            int(steps.max()),
-            residual.max(),
-            float(radius),
-        )
+        return {
+            "test_loss": loss.sum() / len(x),
+            "test_accuracy": correct.sum() / len(x),
+            "equilibrium_steps": int(steps.max()),
+            "residual": residual.max(),
+            "spectral_radius": float(self._radius(params, x[:JACOBIAN_INPUTS])),
+        }
 
     def _measure(self, params: Any, x: Array, labels: Array) -> tuple[Array, ...]:
         network = self.network(params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,12 @@ def table(header: Sequence[str], rows: Rows, align: str = "") -> str:
         return f"| {' | '.join(padded)} |"
 
     return "\n".join(map(line, (lines[0], rule, *lines[1:])))
+
+
+def frame(data: Any, index: str) -> str:
+    """The same of a pandas.DataFrame; `index` is the heading of its index."""
+    rows = [[str(name), *map(str, row)] for name, row in zip(data.index, data.values, strict=True)]
+    return table((index, *data.columns), rows)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def write_claims(
     introduction: str,
     caption: str,
     settings: Settings,
-    claims: Sequence[Claim],
+    claims: Iterable[Claim],
     numbers: Mapping[str, Any],
     sections: Mapping[str, str],
     draw: Callable[[Any], Any],
@@ -170,6 +176,7 @@ def write_claims(
       sections: below the figure: Markdown by heading.
       draw: makes the figure, from pyplot.
     """
+    claims = list(claims)
     with figure_style() as plt:
         workdir.write_figure(f"{name}.png", draw(plt))
     verdicts = "\n\n".join(

