@@ -22,8 +22,8 @@ from scipy.special import ndtr
 from experiments.claims import compare_figure
 from experiments.lib import ensembles, launch, report
 from experiments.lib.data import Dataset
-from experiments.lib.ensembles import Settings, fit_by_width, fits_at_steps
-from experiments.lib.report import PowerLaw, table
+from experiments.lib.ensembles import Settings, fits_at_steps
+from experiments.lib.report import PowerLaw, fit_by_width, table
 from experiments.lib.workdir import Arrays, Workdir
 
 LIMITS = ("nngp", "ntk_inf", "ntk")

@@ -9,7 +9,6 @@ against `Σ*`. Writes results.json, covariance.png and report.md to --workdir.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from experiments.lib import launch, random_networks, report
 from experiments.lib.launch import flag
-from experiments.lib.random_networks import ACTIVATIONS, relative_error
+from experiments.lib.random_networks import ACTIVATIONS, chance_error, relative_error
 from experiments.lib.workdir import Workdir
 
 PUBLISHED = {"tanh": 5.5e-5, "relu": 3.2e-6}  # at width 1000, of the mean over 10⁴ networks
@@ -56,24 +55,18 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> dict[str, 
 
     ensemble = covariances(settings.mean_width, settings.networks)
     mean = ensemble.mean(axis=0)
-    # What the mean of as many independent networks is off by chance, if it were off by no more.
-    chance = np.sum(ensemble.var(axis=0, ddof=1)) / len(ensemble) / np.sum(limit**2)
     widths = sorted(settings.widths)
     errors = [relative_error(covariances(width, settings.repeats), limit) for width in widths]
-    used = [len(e) for e in errors]
-    fit = report.fit_power_law(np.repeat(widths, used), np.concatenate(errors))
     return {
-        "limit": limit.tolist(),
-        "mean_covariance": mean.tolist(),
+        "limit": limit,
+        "mean_covariance": mean,
         "networks_used": len(ensemble),
-        "mean_error": float(relative_error(mean, limit)),
-        "chance_error": float(chance),
+        "mean_error": relative_error(mean, limit),
+        "chance_error": chance_error(ensemble, limit),
         "widths": widths,
-        "single_errors": [e.tolist() for e in errors],
-        "slope": dataclasses.asdict(fit),
-        "error_times_width": float(
-            np.mean([np.mean(e) * w for e, w in zip(errors, widths, strict=True)])
-        ),
+        "single_errors": errors,
+        "slope": report.fit_by_width(dict(zip(widths, errors, strict=True))),
+        "error_times_width": np.mean(np.multiply([e.mean() for e in errors], widths)),
     }
 
 
@@ -86,25 +79,25 @@ def _claims(settings: Settings, found: dict[str, dict[str, Any]]) -> Iterator[re
             f"{f['networks_used']} networks of width {settings.mean_width}: {f['mean_error']:.2g}, "
             f"of which {f['chance_error']:.2g} is what that number of networks is off by chance; "
             f"it has to be below 4 times that and 15/width² = {bias:.2g} together.",
-            f["mean_error"] <= 4 * f["chance_error"] + bias,
+            bool(f["mean_error"] <= 4 * f["chance_error"] + bias),
         )
         s = f["slope"]
         yield report.Claim(
             f"{activation}: the relative squared error of one network falls as 1/width: "
             "published near 15/width.",
-            f"width^{s['exponent']:.3f} (95 % interval {s['low']:.3f} to {s['high']:.3f}, over "
+            f"width^{s.exponent:.3f} (95 % interval {s.low:.3f} to {s.high:.3f}, over "
             f"{settings.repeats} networks of each of {len(f['widths'])} widths); error · width "
             f"is {f['error_times_width']:.1f} on average.",
-            s["low"] <= -1 <= s["high"],
+            s.includes(-1),
         )
 
 
 def _draw(settings: Settings, found: dict[str, dict[str, Any]], plt: Any) -> Any:
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(1, 1, 1.2))
     for ax, (activation, f) in zip(axes, found.items(), strict=False):
-        limit, mean = np.array(f["limit"]), np.array(f["mean_covariance"])
-        ax.plot(limit.ravel(), limit.ravel(), color=report.BLACK, lw=1, label="equal")
-        ax.plot(limit.ravel(), mean.ravel(), "o", ms=4, color=report.BLUE, alpha=0.7)
+        limit, mean = f["limit"].ravel(), f["mean_covariance"].ravel()
+        ax.plot(limit, limit, color=report.BLACK, lw=1, label="equal")
+        ax.plot(limit, mean, "o", ms=4, color=report.BLUE, alpha=0.7)
         ax.set(
             title=f"{activation}: mean of {f['networks_used']} networks\n"
             f"(width {settings.mean_width}), every pair of inputs",
@@ -116,10 +109,8 @@ def _draw(settings: Settings, found: dict[str, dict[str, Any]], plt: Any) -> Any
         for width, errors in zip(f["widths"], f["single_errors"], strict=True):
             axes[2].loglog([width] * len(errors), errors, ".", color=colour, alpha=0.35)
         s = f["slope"]
-        line = s["scale"] * np.array(f["widths"], float) ** s["exponent"]
-        axes[2].loglog(
-            f["widths"], line, color=colour, label=f"{activation}: width^{s['exponent']:.2f}"
-        )
+        label = f"{activation}: width^{s.exponent:.2f}"
+        axes[2].loglog(f["widths"], s(f["widths"]), color=colour, label=label)
     widths = np.array(sorted(settings.widths))
     axes[2].loglog(widths, 15 / widths, "--", color=report.BLACK, label="published: 15/width")
     axes[2].set(

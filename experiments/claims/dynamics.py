@@ -52,32 +52,6 @@ class Settings(ensembles.Settings):
             )
 
 
-@dataclass(frozen=True)
-class Dynamics:
-    """All that is reported; the fits at steps are after every recorded step but 0.
-
-    Attributes:
-      steps: recorded.
-      times: learning rate times these.
-      ensembles: by increasing width, what `_measure_width` returned.
-      loss_fit: of the largest deviation of a network's loss over all steps.
-      distance_fits, drift_fits: at steps.
-      widest_fit: of the distance after the last step, of the two largest widths alone.
-      local_slopes: of the mean distance after the last step, between neighbouring widths.
-      ntk_fit: of the distance of `Θ₀` from `Θ*`.
-    """
-
-    steps: list[int]
-    times: np.ndarray
-    ensembles: dict[int, Arrays]
-    loss_fit: PowerLaw
-    distance_fits: list[PowerLaw]
-    drift_fits: list[PowerLaw]
-    widest_fit: PowerLaw
-    local_slopes: list[float]
-    ntk_fit: PowerLaw
-
-
 def _measure_width(data: Dataset, steps: list[int], limit: Arrays, trained: Arrays) -> Arrays:
     """What networks of one width have done.
 
@@ -108,44 +82,56 @@ def _measure_width(data: Dataset, steps: list[int], limit: Arrays, trained: Arra
 
 def measure(
     data: Dataset, steps: list[int], limit: Arrays, networks: Mapping[int, Arrays]
-) -> Dynamics:
-    """Measures what `ensembles.train` returned, at the recorded `steps`."""
+) -> dict[str, Any]:
+    """Measures what `ensembles.train` returned, at the recorded `steps`; the numbers reported.
+
+    Returns:
+      `steps`; `times`, the learning rate times these;
+      `ensembles`, what `_measure_width` returns, by increasing width;
+      fits against width: `loss_fit`, of the largest deviation of a network's loss over all steps;
+      `distance_fits` and `drift_fits`, after every recorded step but 0; `widest_fit`, of the
+      distance after the last step, of the two largest widths alone; `ntk_fit`, of the distance of
+      `Θ₀` from `Θ*`;
+      `local_slopes`, of the mean distance after the last step, between neighbouring widths.
+    """
     found = {width: _measure_width(data, steps, limit, of) for width, of in networks.items()}
-    widths, fit, fits = list(found), ensembles.fit_by_width, ensembles.fits_at_steps
+    widths, fit, fits = list(found), report.fit_by_width, ensembles.fits_at_steps
     means = [found[width]["distance"][-1].mean() for width in widths]
-    return Dynamics(
-        steps=steps,
-        times=float(limit["learning_rate"]) * np.asarray(steps),
-        ensembles=found,
-        loss_fit=fit({width: e["loss_deviation"].max(0) for width, e in found.items()}),
-        distance_fits=fits({width: e["distance"] for width, e in found.items()}),
-        drift_fits=fits({width: e["ntk_drift"] for width, e in found.items()}),
-        widest_fit=fit({width: found[width]["distance"][-1] for width in widths[-2:]}),
-        local_slopes=(np.diff(np.log(means)) / np.diff(np.log(widths))).tolist(),
-        ntk_fit=fit({width: e["ntk_error"] for width, e in found.items()}),
-    )
+    return {
+        "steps": steps,
+        "times": float(limit["learning_rate"]) * np.asarray(steps),
+        "ensembles": found,
+        "loss_fit": fit({width: e["loss_deviation"].max(0) for width, e in found.items()}),
+        "distance_fits": fits({width: e["distance"] for width, e in found.items()}),
+        "drift_fits": fits({width: e["ntk_drift"] for width, e in found.items()}),
+        "widest_fit": fit({width: found[width]["distance"][-1] for width in widths[-2:]}),
+        "local_slopes": np.diff(np.log(means)) / np.diff(np.log(widths)),
+        "ntk_fit": fit({width: e["ntk_error"] for width, e in found.items()}),
+    }
 
 
 def _falls_as_root(fit: PowerLaw) -> bool:
     return fit.includes(-0.5) and fit.high < 0
 
 
-def _claims(found: Dynamics) -> list[report.Claim]:
-    of_width, fits, drifts = found.ensembles, found.distance_fits, found.drift_fits
-    widths = list(of_width)
+def _claims(found: dict[str, Any]) -> list[report.Claim]:
+    of_width, fits, drifts = found["ensembles"], found["distance_fits"], found["drift_fits"]
+    widths, loss_fit = list(of_width), found["loss_fit"]
     narrow, wide = of_width[widths[0]], of_width[widths[-1]]
     largest = [e["loss_deviation"].max(0).mean() for e in of_width.values()]
     by_step = [e["loss_deviation"][1:].mean(1) for e in (narrow, wide)]
-    missing = [step for step, f in zip(found.steps[1:], fits, strict=True) if not _falls_as_root(f)]
+    missing = [
+        step for step, f in zip(found["steps"][1:], fits, strict=True) if not _falls_as_root(f)
+    ]
     where = f"not so after step {', '.join(map(str, missing))}" if missing else "so after all"
-    local = ", ".join(f"{slope:.2f}".replace("-", "−") for slope in found.local_slopes)
+    local = ", ".join(f"{slope:.2f}".replace("-", "−") for slope in found["local_slopes"])
     return [
         report.Claim(
             "The training loss of a finite network follows the closed form at every t.",
             "The largest relative deviation over all recorded t, on average over networks: "
             + ", ".join(f"{d:.2%} (width {w})" for w, d in zip(widths, largest, strict=True))
-            + f"; slope {found.loss_fit} ({found.loss_fit.interval}). It has to fall from every "
-            "width to the next, and at every t from the narrowest to the widest.",
+            + f"; slope {loss_fit} ({loss_fit.interval}). It has to fall from every width to the "
+            "next, and at every t from the narrowest to the widest.",
             bool((np.diff(largest) < 0).all() and (by_step[1] < by_step[0]).all()),
         ),
         report.Claim(
@@ -154,7 +140,7 @@ def _claims(found: Dynamics) -> list[report.Claim]:
             f"After the last step the slope is {fits[-1]} (95 % interval {fits[-1].interval}). "
             "−1/2 has to be in the interval after every recorded step, and 0 above it; that is "
             f"{where}. Between neighbouring widths the slope is {local}, of the two widest "
-            f"{found.widest_fit} ({found.widest_fit.interval}).",
+            f"{found['widest_fit']} ({found['widest_fit'].interval}).",
             not missing,
         ),
         report.Claim(
@@ -169,18 +155,18 @@ def _claims(found: Dynamics) -> list[report.Claim]:
         report.Claim(
             "The empirical NTK before training is off its limit by width^−1/2.",
             f"By {wide['ntk_error'].mean():.1%} at width {widths[-1]}, "
-            f"{narrow['ntk_error'].mean():.0%} at width {widths[0]}; slope {found.ntk_fit} "
-            f"({found.ntk_fit.interval}). −1/2 has to be in the interval, and 0 above it.",
-            _falls_as_root(found.ntk_fit),
+            f"{narrow['ntk_error'].mean():.0%} at width {widths[0]}; slope {found['ntk_fit']} "
+            f"({found['ntk_fit'].interval}). −1/2 has to be in the interval, and 0 above it.",
+            _falls_as_root(found["ntk_fit"]),
         ),
     ]
 
 
-def _draw(found: Dynamics, plt: Any) -> Any:
+def _draw(found: dict[str, Any], plt: Any) -> Any:
     figure, axes = plt.subplots(2, 3, figsize=(14, 8.2))
-    widths, t = list(found.ensembles), found.times
+    widths, t = list(found["ensembles"]), found["times"]
     colours = figures.width_colours(plt, widths)
-    for (width, e), colour in zip(found.ensembles.items(), colours, strict=True):
+    for (width, e), colour in zip(found["ensembles"].items(), colours, strict=True):
         axes[0, 0].plot(t, e["loss"].mean(1), "o", ms=5, color=colour, label=f"width {width}")
         axes[0, 0].plot(t, e["closed_form_loss"].mean(1), color=colour, lw=1.2)
         for ax, values in ((axes[0, 1], e["distance"]), (axes[0, 2], e["ntk_drift"])):
@@ -199,10 +185,12 @@ def _draw(found: Dynamics, plt: Any) -> Any:
         figures.draw_networks(ax, widths, [of(e) for e in by_width], colours, marker)
         figures.draw_fit(ax, widths, fit, f"{label}: slope {fit}", theory, ls)
 
-    by_width, drift = found.ensembles.values(), found.drift_fits[-1]
-    against_width(axes[1, 0], lambda e: e["loss_deviation"].max(0), found.loss_fit, "fit")
-    against_width(axes[1, 1], lambda e: e["distance"][-1], found.distance_fits[-1], "fit")
-    against_width(axes[1, 2], lambda e: e["ntk_error"], found.ntk_fit, "Θ₀ from Θ* (□)", marker="s")
+    by_width, drift = found["ensembles"].values(), found["drift_fits"][-1]
+    against_width(axes[1, 0], lambda e: e["loss_deviation"].max(0), found["loss_fit"], "fit")
+    against_width(axes[1, 1], lambda e: e["distance"][-1], found["distance_fits"][-1], "fit")
+    against_width(
+        axes[1, 2], lambda e: e["ntk_error"], found["ntk_fit"], "Θ₀ from Θ* (□)", marker="s"
+    )
     against_width(axes[1, 2], lambda e: e["ntk_drift"][-1], drift, "drift (○)", "", ls="--")
     axes[1, 0].set(title="Loss: largest deviation over t", ylabel="relative to the closed form")
     axes[1, 1].set(title="Distance after the last step")
@@ -215,11 +203,15 @@ def _draw(found: Dynamics, plt: Any) -> Any:
     return figure
 
 
-def _sections(found: Dynamics) -> dict[str, str]:
+def _sections(found: dict[str, Any]) -> dict[str, str]:
     slopes = [
         [str(step), f"{t:.4g}", *(cell for f in fits for cell in (str(f), f.interval))]
         for step, t, *fits in zip(
-            found.steps[1:], found.times[1:], found.distance_fits, found.drift_fits, strict=True
+            found["steps"][1:],
+            found["times"][1:],
+            found["distance_fits"],
+            found["drift_fits"],
+            strict=True,
         )
     ]
     rows = [
@@ -231,7 +223,7 @@ def _sections(found: Dynamics) -> dict[str, str]:
                 for v in (e["distance"][-1], e["ntk_drift"][-1], e["ntk_error"])
             ),
         ]
-        for width, e in found.ensembles.items()
+        for width, e in found["ensembles"].items()
     ]
     by_width = ("width", "loss: largest deviation", "distance", "NTK: drift", "NTK: Θ₀ from Θ*")
     by_step = ("step", "t", "distance", "95 % interval", "drift", "95 % interval")

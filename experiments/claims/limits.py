@@ -23,7 +23,13 @@ from jax import lax
 from nt_deq import enable_x64, theory
 from experiments.lib import launch, random_networks, report
 from experiments.lib.launch import flag
-from experiments.lib.random_networks import ACTIVATIONS, by_calls, output_moments, relative_error
+from experiments.lib.random_networks import (
+    ACTIVATIONS,
+    by_calls,
+    chance_error,
+    output_moments,
+    relative_error,
+)
 from experiments.lib.workdir import Workdir
 from nt_deq._progress import progress_bar
 
@@ -86,18 +92,12 @@ def _mlps(settings: Settings, workdir: Workdir, x: np.ndarray, width: int) -> np
     return workdir.part(f"mlp-width-{width}", inputs, compute)["covariances"].astype(np.float64)
 
 
-def _against(covariances: np.ndarray, limits: np.ndarray) -> dict[str, list[float]]:
+def _against(covariances: np.ndarray, limits: np.ndarray) -> dict[str, np.ndarray]:
     """Errors of networks `(count, depths, m, m)` to a limit for each depth, `(depths, m, m)`."""
-    size = np.sum(limits**2, axis=(1, 2))
-    chance = np.sum(covariances.var(axis=0, ddof=1), axis=(1, 2)) / len(covariances) / size
     return {
-        "mean_error": (
-            np.sum((covariances.mean(axis=0) - limits) ** 2, axis=(1, 2)) / size
-        ).tolist(),
-        "chance_error": chance.tolist(),
-        "median_single_error": np.median(
-            np.sum((covariances - limits) ** 2, axis=(2, 3)) / size, axis=0
-        ).tolist(),
+        "mean_error": relative_error(covariances.mean(axis=0), limits),
+        "chance_error": chance_error(covariances, limits),
+        "median_single_error": np.median(relative_error(covariances, limits), axis=0),
     }
 
 
@@ -131,7 +131,7 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> dict[str, 
         "depths": DEPTHS,
         "grid": grid,
         "kernel_depths": KERNEL_DEPTHS,
-        "kernel_errors": relative_error(iterates, limit).tolist(),
+        "kernel_errors": relative_error(iterates, limit),
         "rate": float(rates.max()),
         "measured_rate": float(errors[last][slowest] / errors[last - 1][slowest]),
     }
@@ -153,8 +153,8 @@ def measure_mlp(settings: Settings, workdir: Workdir) -> dict[str, Any]:
             for width in sorted(settings.mlp_widths)
         },
         "kernel_depths": MLP_KERNEL_DEPTHS,
-        "correlation_gap": gaps.tolist(),
-        "asymptote": asymptote.tolist(),
+        "correlation_gap": gaps,
+        "asymptote": asymptote,
         "smallest_eigenvalue": [theory.smallest_eigenvalue(k).value for k in kernels],
     }
 

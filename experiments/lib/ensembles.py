@@ -16,7 +16,7 @@ from experiments.lib import infinite, training
 from experiments.lib.data import N_TEST, N_TRAIN, Dataset, DataSettings, load
 from experiments.lib.launch import flag
 from experiments.lib.networks import Architecture
-from experiments.lib.report import PowerLaw, fit_power_law
+from experiments.lib.report import PowerLaw, fit_by_width
 from experiments.lib.workdir import Arrays, Workdir
 from nt_deq._progress import progress_bar
 from nt_deq.activations import ACTIVATIONS
@@ -154,13 +154,7 @@ def beside_limit(
     return outputs, expected, np.sqrt(apart)
 
 
-def fit_by_width(values: Mapping[int, np.ndarray]) -> PowerLaw:
-    """Fits a power law of the width to one number for each network, `(seeds,)`, by width."""
-    points = [(width, value) for width, of_width in values.items() for value in of_width]
-    return fit_power_law(*zip(*points, strict=True))
-
-
 def fits_at_steps(values: Mapping[int, np.ndarray]) -> list[PowerLaw]:
-    """The same of numbers `(steps, seeds)`, at every step but the first."""
+    """Fits `fit_by_width` to numbers `(steps, seeds)`, by width, at every step but the first."""
     by_step = zip(*(list(of_width)[1:] for of_width in values.values()), strict=True)
     return [fit_by_width(dict(zip(values, step, strict=True))) for step in by_step]

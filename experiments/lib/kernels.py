@@ -112,41 +112,36 @@ def regress(
       `train (modes, problems, n, C)` and `test (modes, problems, m, C)`.
     """
     fitted = len(x) - max(1, round(VALIDATION * len(x)))
-    together = y.swapaxes(0, 1)
-    flat = together.reshape(len(x), -1)
+    flat = y.swapaxes(0, 1).reshape(len(x), -1)
     errors = np.empty((len(shapes), len(REGULARISATION), len(y)))
     for i, shape in enumerate(shapes):
         kernel = family(shape)(x, x)
         for j, regularisation in enumerate(REGULARISATION):
             ridge = fit(kernel[:fitted, :fitted], flat[:fitted], regularisation)
-            prediction = ridge.predict(kernel[fitted:, :fitted])
-            squares = np.square(prediction - flat[fitted:]).reshape(-1, *together.shape[1:])
-            errors[i, j] = squares.mean((0, 2))
+            squares = np.square(ridge.predict(kernel[fitted:, :fitted]) - flat[fitted:])
+            errors[i, j] = squares.reshape(len(squares), len(y), -1).mean((0, 2))
             progress()
-    size = (len(MODES), len(y))
+    best = [
+        np.unravel_index(of.reshape(-1, len(y)).argmin(0), of.shape[:2])
+        for of in (errors, errors[:, :1])  # as of MODES
+    ]
+    i, j = np.swapaxes(best, 0, 1)
     found = {
-        "shape": np.empty(size),
-        "regularisation": np.empty(size),
-        "train": np.empty((*size, len(x), y.shape[2])),
-        "test": np.empty((*size, len(x_test), y.shape[2])),
+        "shape": np.array(shapes)[i],
+        "regularisation": np.array(REGULARISATION)[j],
+        "train": np.empty((*i.shape, len(x), y.shape[2])),
+        "test": np.empty((*i.shape, len(x_test), y.shape[2])),
     }
-    chosen = {}
-    for mode, allowed in enumerate((len(REGULARISATION), 1)):
-        for problem in range(len(y)):
-            of_problem = errors[:, :allowed, problem]
-            i, j = map(int, np.unravel_index(of_problem.argmin(), of_problem.shape))
-            chosen.setdefault(i, []).append((mode, problem))
-            found["shape"][mode, problem] = shapes[i]
-            found["regularisation"][mode, problem] = REGULARISATION[j]
-    for i, places in chosen.items():
-        of = family(shapes[i])
-        kernel = of(x, x)
+    for index in np.unique(i):
+        kernel_fn = family(shapes[index])
+        kernel = kernel_fn(x, x)
+        places = list(zip(*np.nonzero(i == index), strict=True))
         ridges = {at: fit(kernel, y[at[1]], found["regularisation"][at]) for at in places}
         for at, ridge in ridges.items():
             found["train"][at] = ridge.predict(kernel)
         del kernel
         for row in range(0, len(x_test), TILE):
-            to_train = of(x_test[row : row + TILE], x)
+            to_train = kernel_fn(x_test[row : row + TILE], x)
             for at, ridge in ridges.items():
                 found["test"][at][row : row + TILE] = ridge.predict(to_train)
     return found

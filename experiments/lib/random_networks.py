@@ -72,7 +72,13 @@ def output_moments(kernel: Array, activation: str) -> tuple[Array, Array]:
 
 def relative_error(covariance: np.ndarray, limit: np.ndarray) -> np.ndarray:
     """`‖C - Σ‖²/‖Σ‖²` in Frobenius norm, over the last two axes."""
-    return np.sum((covariance - limit) ** 2, axis=(-2, -1)) / np.sum(limit**2)
+    return np.sum((covariance - limit) ** 2, axis=(-2, -1)) / np.sum(limit**2, axis=(-2, -1))
+
+
+def chance_error(covariances: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """The same of the mean over the first axis, if chance alone made the networks differ."""
+    variance = covariances.var(axis=0, ddof=1) / len(covariances)
+    return relative_error(limit + np.sqrt(variance), limit)
 
 
 def tied_layer(activation: str) -> Callable[[Array, tuple[Array, Array]], Array]:

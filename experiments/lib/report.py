@@ -103,6 +103,12 @@ def fit_power_law(x: Any, y: Any) -> PowerLaw:
     )
 
 
+def fit_by_width(values: Mapping[int, np.ndarray]) -> PowerLaw:
+    """Fits a power law of the width to one number for each network, `(seeds,)`, by width."""
+    points = [(width, value) for width, of_width in values.items() for value in of_width]
+    return fit_power_law(*zip(*points, strict=True))
+
+
 @contextlib.contextmanager
 def figure_style() -> Iterator[Any]:
     """Gives matplotlib's pyplot, drawing to files and in the style of all figures, then closes."""
