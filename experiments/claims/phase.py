@@ -10,7 +10,6 @@ plain iteration comes to rest. Writes results.json, phase.png and report.md to -
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,15 +59,6 @@ def _solve(W: Array, injected: Array, activation: str) -> tuple[Array, Array]:
     return found.converged.all(), jacobian
 
 
-def _network(activation: str, W: np.ndarray, injected: np.ndarray) -> tuple[bool, float]:
-    """Whether it comes to rest, and the spectral radius there, NaN without an equilibrium."""
-    with enable_x64(True):
-        at_rest, jacobian = _solve(jnp.asarray(W), jnp.asarray(injected), activation)
-    if not at_rest:
-        return False, np.nan
-    return True, float(np.abs(np.linalg.eigvals(jacobian)).max())
-
-
 def measure(settings: Settings, workdir: Workdir, activation: str) -> list[dict[str, Any]]:
     """Measures one activation at every `W_std`; the numbers are those of results.json."""
     x = np.random.default_rng(settings.seed).standard_normal((settings.inputs_count, FEATURES))
@@ -77,25 +67,26 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> list[dict[
     for W_std in progress_bar(W_stds, desc=activation, unit="W_std"):
 
         def compute(W_std=W_std):
-            outcomes = []
+            converged, radii = [], []
             for network in range(settings.networks):
                 rng = np.random.default_rng((settings.seed, settings.width, network))
                 W = rng.standard_normal((settings.width,) * 2).T * W_std / settings.width**0.5
                 U = rng.standard_normal((FEATURES, settings.width))
                 injected = x @ U * (settings.U_std / FEATURES**0.5)
-                outcomes.append(_network(activation, W, injected))
-            converged, radii = zip(*outcomes, strict=True)
+                with enable_x64(True):
+                    at_rest, jacobian = _solve(jnp.asarray(W), jnp.asarray(injected), activation)
+                converged.append(bool(at_rest))
+                radii.append(np.abs(np.linalg.eigvals(jacobian)).max() if at_rest else np.nan)
             return {"converged": np.array(converged), "radii": np.array(radii)}
 
         inputs = {"x": x, "activation": activation, "W_std": W_std}
-        inputs |= {k: v for k, v in dataclasses.asdict(settings).items() if k != "points"}
-        networks, _ = workdir.part(f"{activation}-W_std-{W_std:.4g}", inputs, compute)
+        inputs |= {k: v for k, v in vars(settings).items() if k != "points"}
+        networks = workdir.part(f"{activation}-W_std-{W_std:.4g}", inputs, compute)
         options = {"W_std": W_std, "U_std": settings.U_std, "activation": activation}
         with enable_x64(True):
             local = np.asarray(theory.local_contraction(jnp.asarray(x), **options))
             stable = bool((local < 1).all())
             rate = np.max(theory.convergence_rate(jnp.asarray(x), **options)) if stable else None
-        radii = networks["radii"][networks["converged"]]
         found.append(
             {
                 "W_std": W_std,
@@ -103,7 +94,7 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> list[dict[
                 "local": [float(j) if np.isfinite(j) else None for j in local],
                 "kernel_rate": None if rate is None else float(rate),
                 "converged": float(networks["converged"].mean()),
-                "spectral_radii": radii.tolist(),
+                "spectral_radii": networks["radii"][networks["converged"]].tolist(),
             }
         )
     return found

@@ -204,13 +204,8 @@ def main(settings: Settings, workdir: Workdir) -> None:
     found: dict[str, Any] = {a: measure(settings, workdir, a) for a in ACTIVATIONS}
     found |= {"mlp": _mlp(settings), "exceptions": exceptions(settings)}
     rows = [
-        [
-            name,
-            f"{case['value']:.2e}",
-            f"{case['rounding']:.1e}",
-            "yes" if case["positive"] else "no",
-        ]
-        for name, case in found["exceptions"].items()
+        [name, f"{of['value']:.2e}", f"{of['rounding']:.1e}", "yes" if of["positive"] else "no"]
+        for name, of in found["exceptions"].items()
     ]
     report.write_claims(
         workdir,

@@ -13,7 +13,6 @@ readout with V_std² = 2, so that K*(x, x) = 1. Writes results.json, mnist.png a
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import resource
 import sys
@@ -45,7 +44,7 @@ class Settings(DataSettings):
     n_train: int = flag(60_000, "training images", at_least=2)
     n_test: int = flag(10_000, "test images", at_least=1)
     get: str = flag("ntk", "ntk or nngp")
-    activation: str = flag("relu", f"one of {', '.join(ACTIVATIONS)}")
+    activation: str = flag("relu", f"one of {', '.join(ACTIVATIONS)}", one_of=ACTIVATIONS)
     W_std: float = flag(0.5**0.5, "standard deviation of the recurrent weights", at_least=0)
     U_std: float = flag(0.5, "standard deviation of the input weights", above=0)
     b_std: float = flag(0.5**0.5, "standard deviation of the biases, 0 for none", at_least=0)
@@ -153,11 +152,8 @@ def main(settings: Settings, workdir: Workdir) -> None:
     fit_seconds = time.perf_counter() - start
     scores = classifier.decision_function(data.x_test)
     seconds = time.perf_counter() - start
-    accuracy = float((scores.argmax(1) == data.y_test).mean())
-    solution = classifier.solution_
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    accuracy, solution = float((scores.argmax(1) == data.y_test).mean()), classifier.solution_
+    unit = 1 if sys.platform == "darwin" else 1024
     measured = {
         "accuracy": accuracy,
         "residual": solution.relative_residual if solution else None,
@@ -165,28 +161,25 @@ def main(settings: Settings, workdir: Workdir) -> None:
         "residuals": solution.relative_residuals if solution else [],
         "fit_seconds": fit_seconds,
         "seconds": seconds,
-        "peak_bytes": peak,
-        "plan": dataclasses.asdict(classifier.plan_),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "plan": classifier.plan_,
         "W_std": W_std,
         "relative_noise": relative_noise,
         "tuned": tuned,
     }
     solved = (
-        f"relative residual {solution.relative_residual:.1e} after {solution.steps} steps"
+        f"Relative residual {solution.relative_residual:.1e} after {solution.steps} steps"
         if solution
-        else "solved directly"
+        else "Solved directly"
     )
-    table = report.Table(
-        ("", "measured"),
-        [
-            ["training images", str(len(data.y_train))],
-            ["test accuracy", f"{accuracy:.2%}"],
-            ["W_std, relative_noise", f"{W_std:.4g}, {relative_noise:.1g}"],
-            ["how", str(classifier.plan_)],
-            ["seconds to fit; with prediction", f"{fit_seconds:.0f}; {seconds:.0f}"],
-            ["most memory (GB)", f"{peak / 1e9:.2f}"],
-        ],
-    )
+    rows = [
+        ["training images", str(len(data.y_train))],
+        ["test accuracy", f"{accuracy:.2%}"],
+        ["W_std, relative_noise", f"{W_std:.4g}, {relative_noise:.1g}"],
+        ["how", str(classifier.plan_)],
+        ["seconds to fit; with prediction", f"{fit_seconds:.0f}; {seconds:.0f}"],
+        ["most memory (GB)", f"{measured['peak_bytes'] / 1e9:.2f}"],
+    ]
     report.write_claims(
         workdir,
         "mnist",
@@ -195,18 +188,18 @@ def main(settings: Settings, workdir: Workdir) -> None:
         f"equilibrium network on {len(data.y_train)} training images of `{settings.data}`.",
         caption="How the solve converges, where it is one by iteration (it jumps where the "
         "residual is recomputed in float64), and test images that are classified wrongly.",
-        settings=dataclasses.asdict(settings),
+        settings=settings,
         claims=[
             report.Claim(
                 f"The regression is exact: (K + ridge) α = y to a relative residual of "
                 f"{settings.relative_residual:g}, recomputed in float64.",
-                f"{solved[0].upper()}{solved[1:]}; {accuracy:.2%} of {len(data.y_test)} test "
+                f"{solved}; {accuracy:.2%} of {len(data.y_test)} test "
                 "images are classified rightly.",
                 solution is None or solution.relative_residual <= settings.relative_residual,
             )
         ],
         numbers={"measured": measured},
-        tables=[table],
+        sections={"Measured": report.table(("", "measured"), rows)},
         draw=lambda plt: _draw(data, images, scores, measured["residuals"], plt),
     )
 
