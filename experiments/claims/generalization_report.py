@@ -227,7 +227,7 @@ def _draw_kernels(ax: Any, i: int, summary: Summary) -> None:
     ax.plot(free, range(len(names)), "o", label="interpolating", **ring)
     ax.plot(tuned, range(len(names)), "o", color=report.BLUE, label="tuned")
     ax.set_yticks(range(len(names)), names)
-    ax.set_xlim(left=0)
+    ax.set_xlim(0, 1.05 * max(tuned + free))
     ax.set_ylim(-1.6, len(names) - 0.5)
     ax.set_xlabel("test error, %")
     ax.legend(loc="lower left", ncols=2)

@@ -1,23 +1,22 @@
 """All launchers in one run: what is run, kept and told, and the page."""
 
 import base64
-import dataclasses
 import json
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from launching import start
 
 from experiments import all as run_all
-from experiments.claims import phase
+from experiments.claims import compare
 from experiments.lib import html_report, report
-from experiments.lib.workdir import Workdir, versions
+from experiments.lib.workdir import Workdir
 from nt_deq.errors import InputError
 
-ROOT = Path(__file__).parents[2]
+SETTINGS = compare.Settings(widths=(8, 16))
 LINKS = ("src", "href", "srcset", "data", "action", "poster")
 
 
@@ -58,7 +57,7 @@ def write_results(path, name, settings, claims):
         settings=settings,
         claims=claims,
         numbers={},
-        tables=[report.Table(("x", "y"), [["<1", "2"]], "Some numbers", "`y` is more.")],
+        sections={"Some numbers": "`y` is more.\n\n" + report.table(("x", "y"), [["<1", "2"]])},
         draw=lambda plt: plt.subplots()[0],
     )
 
@@ -69,7 +68,7 @@ def test_the_page_has_everything_escaped_and_nothing_from_elsewhere(tmp_path):
         "limits": [report.Claim('a "quoted" claim', "no", False), report.Claim("b", "c", True)],
     }
     for name, of in claims.items():
-        write_results(tmp_path, name, {"widths": (8, 16), "data_dir": None}, of)
+        write_results(tmp_path, name, SETTINGS, of)
     html = html_report.page(
         tmp_path, {"phase": None, "limits": None, "compare": "It <ended> with exit code 1."}
     )
@@ -96,21 +95,6 @@ def test_the_page_has_everything_escaped_and_nothing_from_elsewhere(tmp_path):
     assert "http" not in html
 
 
-def test_finished_is_of_the_same_settings_and_versions(tmp_path):
-    workdir, settings = Workdir(tmp_path), run_all.Settings(only="phase")
-    assert not run_all.finished(settings, workdir, "phase")
-    write_results(tmp_path, "phase", dataclasses.asdict(phase.Settings()), [])
-    assert run_all.finished(settings, workdir, "phase")
-    full = dataclasses.replace(settings, config="full")
-    assert not run_all.finished(full, workdir, "phase")
-    write_results(tmp_path, "phase", dataclasses.asdict(phase.Settings(**phase.FULL)), [])
-    assert run_all.finished(full, workdir, "phase")
-    file = tmp_path / "phase" / "results.json"
-    results = json.loads(file.read_text())
-    file.write_text(json.dumps({**results, "versions": {**versions(), "jax": "0.0"}}))
-    assert not run_all.finished(full, workdir, "phase")
-
-
 def test_what_is_handed_on(tmp_path, monkeypatch):
     commands = []
 
@@ -119,7 +103,7 @@ def test_what_is_handed_on(tmp_path, monkeypatch):
         name = command[2].removeprefix("experiments.claims.")
         if name == "spectrum":
             return subprocess.CompletedProcess(command, -9)
-        write_results(tmp_path, name, {}, [report.Claim(f"{name}'s", "m", True)])
+        write_results(tmp_path, name, SETTINGS, [report.Claim(f"{name}'s", "m", True)])
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", pretend)
@@ -162,60 +146,12 @@ def test_flags_that_cannot_be_right(flags, message):
 
 
 @pytest.mark.slow
-def test_it_runs_launchers_and_keeps_them(tmp_path):
-    command = [sys.executable, "-m", "experiments.all", f"--workdir={tmp_path}", "--only=phase"]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert first.returncode == 0, first.stderr
-    assert "[1/1] phase: finished" in first.stderr
+def test_it_runs_launchers(tmp_path):
+    process = start("all", f"--workdir={tmp_path}", "--only=spectrum")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "[1/1] spectrum: finished" in err
     page = Page((tmp_path / "report.html").read_text())
-    results = json.loads((tmp_path / "phase" / "results.json").read_text())
-    assert results["claims"]
-    for claim in results["claims"]:
-        assert plain(claim["claim"]) in page.text
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0
-    assert "[1/1] phase: kept from an earlier run" in again.stderr
-
-
-def test_the_same_command_twice_is_told_of_the_first(tmp_path):
-    program = """
-from experiments.lib import launch
-def job(settings, workdir):
-    print("started", flush=True)
-    input()
-launch.main(launch.Settings, job)
-"""
-    command = [sys.executable, "-c", program, f"--workdir={tmp_path}"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    first = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
-    assert first.stdout.readline() == "started\n"
-    options = {"cwd": ROOT, "text": True, "capture_output": True, "timeout": 60}
-    second = subprocess.run(command, **options)
-    assert second.returncode == 1
-    assert second.stderr == (
-        f"error: --workdir={tmp_path} is in use by process {first.pid}: wait until it ends, or "
-        "name another directory.\n"
-    )
-    assert first.communicate("\n", timeout=60)[1] == ""
-    again = subprocess.run(command, input="\n", **options)
-    assert again.returncode == 0, again.stderr
-
-
-def test_sigterm_ends_the_launchers_that_it_has_started(tmp_path):
-    program = """
-import subprocess, sys
-from experiments.lib import launch
-def job(settings, workdir):
-    child = "import time; print('started', flush=True); time.sleep(600)"
-    subprocess.run([sys.executable, "-c", child], check=False)
-launch.main(launch.Settings, job)
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, f"--workdir={tmp_path}"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == "started\n"
-    process.terminate()
-    _, err = process.communicate(timeout=60)  # until the child has let go of its output, too
-    assert process.returncode == 143
-    assert err == f"Interrupted. Kept in {tmp_path}: nothing yet; the same command goes on there.\n"
+    claims = json.loads((tmp_path / "spectrum" / "results.json").read_text())["claims"]
+    assert len(claims) == 6
+    assert all(plain(claim["claim"]) in page.text for claim in claims)

@@ -1,34 +1,13 @@
 """The launchers that measure the theorems' claims: the numbers that they write, at tiny sizes."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from launching import launch
 
 import nt_deq
 from experiments.claims import covariance, gaussianity, limits, phase, spectrum
 from experiments.lib import random_networks
 from experiments.lib.workdir import Workdir
-from nt_deq.errors import InputError
-
-ROOT = Path(__file__).parents[2]
-
-
-def launch(launcher, settings, path):
-    launcher.main(settings, Workdir(path))
-    name = launcher.__name__.rsplit(".", 1)[1]
-    numbers = json.loads((path / "results.json").read_text())
-    page = (path / "report.md").read_text()
-    assert (path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert f"![figure]({name}.png)" in page
-    for claim in numbers["claims"]:
-        assert claim["claim"] in page
-        assert claim["measured"] in page
-    assert page.count("**It holds.**") == sum(claim["holds"] for claim in numbers["claims"])
-    return numbers
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
@@ -192,28 +171,3 @@ def test_phase(tmp_path):
     tanh = [max(p["local"]) for p in found["tanh"]]
     assert (np.diff(tanh) > 0).all()
     assert tanh[0] < 0.16 / 1.5  # tanh' is below 1
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: covariance.Settings(widths=(8, 16)), "three different"),
-        (lambda: gaussianity.Settings(widths=(8, 8)), "two different"),
-        (lambda: limits.Settings(widths=(8,)), "two different"),
-        (lambda: gaussianity.Settings(networks=50, inputs_count=30), "--networks=50"),
-    ],
-)
-def test_settings_that_cannot_be_right(make, message):
-    with pytest.raises(InputError, match=message):
-        make()
-
-
-@pytest.mark.slow
-def test_a_configuration_gives_way_to_flags(tmp_path):
-    command = [sys.executable, "-m", "experiments.claims.covariance", f"--workdir={tmp_path}"]
-    sizes = ["--networks=20", "--mean_width=16", "--widths=8,16,32", "--inputs_count=2"]
-    subprocess.run([*command, "--config=full", *sizes], cwd=ROOT, check=True, timeout=300)
-    settings = json.loads((tmp_path / "results.json").read_text())["settings"]
-    assert settings["networks"] == 20  # a flag
-    assert settings["repeats"] == covariance.FULL["repeats"]  # the configuration's
-    assert settings["seed"] == 0  # the default

@@ -137,11 +137,11 @@ def test_real_targets_are_standardised_and_must_be_asked_for(tmp_path, outputs):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x_test": np.ones((6, 4))}, "have to be the same"),
-        ({"y_train": np.ones(12)}, "y_train is float64 and y_test int64"),
+        ({"x_test": np.ones((6, 4))}, "must have the same"),
+        ({"y_train": np.ones(12)}, "y_train is float64 .* and y_test int64"),
         ({"y_train": np.arange(12.0), "y_test": np.full(6, np.nan)}, "y_test has NaN"),
         ({"y_train": np.ones(12), "y_test": np.arange(6.0)}, "y_train is constant"),
-        ({"y_train": np.ones((12, 2)), "y_test": np.arange(6.0)}, "need as many columns"),
+        ({"y_train": np.ones((12, 2)), "y_test": np.arange(6.0)}, "in as many columns"),
         ({"y_train": np.arange(12), "y_test": np.arange(20, 26)}, "15 different integers in y"),
         ({"y_test": np.arange(5)}, r"shape \(5,\)"),
         ({"x_train": np.full((12, 5), np.nan)}, "x_train has NaN"),

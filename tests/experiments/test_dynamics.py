@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_claims import launch
+from launching import launch, part
 
 from experiments.claims import dynamics
 from experiments.lib import training
 from experiments.lib.data import load
 from experiments.lib.networks import Architecture, draw
 from experiments.lib.workdir import Workdir
-from nt_deq.errors import InputError
 
 TINY = dynamics.Settings(
     n_train=8, n_test=10, widths=(16, 256), seeds=4, steps=4, ntk_inputs=3, float64=True
@@ -25,12 +24,7 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("dynamics")
     found = launch(dynamics, TINY, path)["measured"]
 
-    def part(name):
-        (file,) = path.glob(f"parts/{name}.*.npz")
-        with np.load(file) as arrays:
-            return dict(arrays)
-
-    return found, part("infinite"), {width: part(f"width-{width}") for width in TINY.widths}
+    return found, part(path, "infinite"), {w: part(path, f"width-{w}") for w in TINY.widths}
 
 
 def check_closed_form(found, limit, networks, targets):
@@ -65,8 +59,7 @@ def test_the_closed_form_is_a_power_of_a_matrix(tmp_path):
     }
     limit = {"ntk_train_train": theta[:5], "ntk_test_train": theta[5:]}
     limit["learning_rate"] = 0.3 * data.targets_train.size / np.linalg.norm(theta[:5], 2)
-    measured = dynamics.measure(data, [0, 1, 5], limit, networks)
-    Workdir(tmp_path).write_json("found.json", measured)
+    Workdir(tmp_path).write_json("found.json", dynamics.measure(data, [0, 1, 5], limit, networks))
     found = json.loads((tmp_path / "found.json").read_text())
     check_closed_form(found, limit, networks, data.targets_train)
     for width in ("10", "20"):
@@ -113,14 +106,7 @@ def test_all_distances_fall_with_width(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(
-            Architecture(W_std=0.6, U_std=1.0, b_std=0.0, activation="relu"), marks=pytest.mark.slow
-        ),
-        Architecture(W_std=0.7, U_std=1.3, b_std=0.4, activation="tanh"),
-    ],
-    ids=["relu", "tanh with bias"],
+    "architecture", [Architecture(0.6, 1.0, 0.0, "relu"), Architecture(0.7, 1.3, 0.4, "tanh")]
 )
 def test_the_empirical_ntk_is_that_of_500_layers(architecture, x64):
     data = load("digits", None, 4, 1, seed=0)
@@ -141,8 +127,7 @@ def test_the_empirical_ntk_is_that_of_500_layers(architecture, x64):
         z = jax.lax.fori_loop(0, 500, layer, jnp.zeros((3, width)))
         return phi(z) @ V / width**0.5
 
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(3), width), 2)
-    call, params = draw(architecture, 64, width, y.shape[1], keys)
+    networks, params = draw(architecture, 64, width, y.shape[1], seeds=2, seed=3)
 
     def weights(network):
         inject = network.deq.inject
@@ -150,23 +135,9 @@ def test_the_empirical_ntk_is_that_of_500_layers(architecture, x64):
         return network.deq.hidden.W[...], inject.W[...], network.readout.W[...], b
 
     for seed in range(2):
-        drawn = call(jax.tree.map(lambda leaf, s=seed: leaf[s], params), weights)
+        drawn = weights(networks.one(jax.tree.map(lambda leaf, s=seed: leaf[s], params)))
         ntk = jnp.zeros((3, 3))
         for jacobian in jax.jacfwd(unrolled)(drawn):
             flat = jacobian.reshape(3, y.shape[1], -1)
             ntk += jnp.einsum("icp,jcp->ij", flat, flat) / y.shape[1]
         np.testing.assert_allclose(trained["ntk"][0, seed], ntk, rtol=1e-11)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ntk_inputs": 65}, "--ntk_inputs=65 is too large: .* --n_train=64"),
-        ({"ntk_inputs": 0}, "--ntk_inputs=0 is too small: it has to be at least 1"),
-        ({"widths": (64,)}, "--widths=64 has to be at least two different"),
-        ({"data_dir": "x"}, "--data_dir=x is for --data=mnist alone"),
-    ],
-)
-def test_settings_that_cannot_be_right(change, message):
-    with pytest.raises(InputError, match=rf"^{message}[^\n]*$"):
-        dynamics.Settings(**change)

@@ -1,14 +1,10 @@
 """Noisy labels, kernel regression and networks that interpolate."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import neural_tangents as nt
 import numpy as np
 import pytest
+from launching import launch, part
 from neural_tangents import stax
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
@@ -19,10 +15,7 @@ from experiments.lib import kernels, training
 from experiments.lib.data import load
 from experiments.lib.kernels import REGULARISATION, regress
 from experiments.lib.networks import Architecture
-from experiments.lib.workdir import Workdir
-from nt_deq.errors import InputError
 
-ROOT = Path(__file__).parents[2]
 TINY = generalization.Settings(
     counts=(20, 60), n_test=80, network_counts=(20,), widths=(16, 64), seeds=2
 )
@@ -31,14 +24,13 @@ TINY = generalization.Settings(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("generalization")
-    generalization.main(TINY, Workdir(path))
-    return path
+    return launch(generalization, TINY, path), path
 
 
 def problem(count=60, noise=0.2):
     data = load("digits", None, 60, 80, seed=0)
     settings = generalization.Settings(label_noise=noise)
-    return data, generalization.make_problem(settings, data, count)
+    return data, generalization.Problem(settings, data, count)
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.2, 0.5])
@@ -111,28 +103,28 @@ def test_regression_is_that_of_scikit_learn():
 def test_the_deqs_regression_is_ridge_regression_with_its_kernel(x64):
     data, found = problem()
     family, shapes = generalization.FAMILIES["DEQ, NTK"]
-    part = regress(family, shapes, found.x, found.targets, data.x_test, lambda: None)
-    np.testing.assert_array_equal(part["train"][1].argmax(-1), found.labels)
+    ours = regress(family, shapes, found.x, found.targets, data.x_test, lambda: None)
+    np.testing.assert_array_equal(ours["train"][1].argmax(-1), found.labels)
     for i in (0, 1):
         for noise in (0, 1):
-            arch = Architecture(float(part["shape"][i, noise]), 1.0, 0.0, "relu")
+            arch = Architecture(float(ours["shape"][i, noise]), 1.0, 0.0, "relu")
             kernel_fn = arch.kernel_fn(1)
             ntk = np.asarray(kernel_fn(found.x, None, "ntk"))
             ridge = KernelRidge(
-                alpha=part["regularisation"][i, noise] * np.trace(ntk) / 60, kernel="precomputed"
+                alpha=ours["regularisation"][i, noise] * np.trace(ntk) / 60, kernel="precomputed"
             ).fit(ntk, found.targets[noise])
             expected = ridge.predict(np.asarray(kernel_fn(data.x_test, found.x, "ntk")))
-            np.testing.assert_allclose(part["test"][i, noise], expected, atol=1e-7)
+            np.testing.assert_allclose(ours["test"][i, noise], expected, atol=1e-7)
             if i == 1:
                 forever = nt.predict.gradient_descent_mse_ensemble(
                     kernel_fn, found.x, found.targets[noise]
                 )(t=None, x_test=data.x_test, get="ntk")
-                np.testing.assert_allclose(part["test"][i, noise], forever, atol=1e-7)
+                np.testing.assert_allclose(ours["test"][i, noise], forever, atol=1e-7)
 
 
 @pytest.mark.slow
 def test_the_numbers_that_it_writes(run):
-    results = json.loads((run / "results.json").read_text())
+    results, path = run
     assert results["noises"] == [0.0, 0.2]
     data, _ = problem()
     for count in (20, 60):
@@ -142,8 +134,7 @@ def test_the_numbers_that_it_writes(run):
             # It interpolates: every label is fitted, the wrong ones too.
             assert by_mode["interpolating"]["train_error"] == [0, 0]
             assert by_mode["interpolating"]["regularisation"] == [REGULARISATION[0]] * 2
-        (file,) = (run / "parts").glob(f"DEQ-NTK-{count}.*")
-        wrong = np.load(file)["test"].argmax(-1) != data.y_test
+        wrong = part(path, f"DEQ-NTK-{count}")["test"].argmax(-1) != data.y_test
         for i, mode in enumerate(("tuned", "interpolating")):
             np.testing.assert_allclose(
                 summary["kernels"]["DEQ, NTK"][mode]["test_error"], wrong[i].mean(-1)
@@ -155,10 +146,7 @@ def test_the_numbers_that_it_writes(run):
         assert comparison["difference"] == pytest.approx(ours - other)
         assert ours == min(v for k, v in tuned.items() if k.startswith("DEQ"))
         assert other == min(v for k, v in tuned.items() if not k.startswith("DEQ"))
-    claims = results["claims"]
-    assert claims[0]["holds"]
-    page = (run / "report.md").read_text()
-    assert all(claim["claim"] in page for claim in claims)
+    assert results["claims"][0]["holds"]
     networks = results["measured"]["20"]["networks"]
     assert results["measured"]["60"]["networks"] == {}
     assert list(networks) == ["16", "64"]
@@ -172,11 +160,8 @@ def test_the_numbers_that_it_writes(run):
                 Architecture(0.6, 1.0, 0.0, "relu").kernel_fn(1), found.x, found.targets[i]
             )(t=None, x_test=data.x_test, get="ntk")
         for w in ("16", "64"):
-            (file,) = (run / "parts").glob(f"width-{w}-20.*")
-            distance = (
-                np.square(np.load(file)["learned"][i, :, 20:] - np.asarray(forever)).mean((1, 2))
-                ** 0.5
-            )
+            off = part(path, f"width-{w}-20")["learned"][i, :, 20:] - np.asarray(forever)
+            distance = np.sqrt(np.square(off).mean((1, 2)))
             np.testing.assert_allclose(networks[w]["distance"][i], distance, rtol=1e-4)
         assert networks["64"]["fits"][i] == [True, True]
         assert networks["64"]["train_error"][i] == [0, 0]
@@ -188,15 +173,13 @@ def test_what_is_finished_is_not_computed_again(run, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("it was computed again")
 
-    before = json.loads((run / "results.json").read_text())
     monkeypatch.setattr(generalization, "regress", fail)
     monkeypatch.setattr(training, "interpolate", fail)
-    generalization.main(TINY, Workdir(run))
-    assert json.loads((run / "results.json").read_text()) == before
+    assert launch(generalization, TINY, run[1]) == run[0]
 
 
 @pytest.mark.slow
-def test_a_network_that_does_not_fit_is_said_not_to(tmp_path):
+def test_a_network_that_does_not_fit_is_said_not_to():
     data, found = problem(20)
     trained = training.interpolate(
         Architecture(0.6, 1.0, 0.0, "relu"), 16, found.x, found.targets, data.x_test,
@@ -213,38 +196,11 @@ def test_a_network_that_does_not_fit_is_said_not_to(tmp_path):
         *generalization.FAMILIES["RBF"], found.x, found.targets, data.x_test,
         lambda: None,
     )  # fmt: skip
-    summary = generalization_report.summarise(
-        data, found.labels, {"DEQ, NTK": kernel, "RBF": kernel}, {16: trained | limit}, 0.0009
+    summary = generalization.summarise(
+        data, found, {"DEQ, NTK": kernel, "RBF": kernel}, {16: trained | limit}
     )
-    assert summary["networks"][16]["fits"] == [[False] * 2] * 2
+    assert not summary["networks"][16]["fits"].any()
     assert summary["comparison"][0]["difference"] == 0
     claim = generalization_report._network_claim((0.0, 0.2), {20: summary})
     assert not claim.holds
     assert "Did not fit: width 16 on 20 images, right labels; width 16" in claim.measured
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"counts": (100,)}, "--counts=100 has to be at least 2 different"),
-        ({"network_counts": (70,)}, "70 is not among --counts"),
-        ({"label_noise": 0.6}, "--label_noise=0.6 is too large"),
-        ({"W_std": 1.5}, "--W_std=1.5 is too large"),
-        ({"data_dir": "x"}, "for --data=mnist alone"),
-    ],
-)
-def test_settings_that_cannot_be_right(flags, message):
-    with pytest.raises(InputError, match=message):
-        generalization.Settings(**flags)
-
-
-@pytest.mark.slow
-def test_bad_flags_end_it_with_one_line(tmp_path):
-    process = subprocess.run(
-        [sys.executable, "-m", "experiments.claims.generalization", f"--workdir={tmp_path}",
-         "--counts=100,5000"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert process.returncode == 1
-    assert process.stderr.startswith("error: --n_train=5000")
-    assert process.stderr.count("\n") == 1

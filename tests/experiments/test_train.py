@@ -6,19 +6,15 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax import lax
+from launching import start
 from marks import slow_except
 
 from nt_deq import Picard
@@ -33,7 +29,6 @@ from experiments.train import trained
 from experiments.train.classifier import Settings
 from nt_deq.errors import InputError
 
-ROOT = Path(__file__).parents[2]
 MNIST = os.environ.get("NT_DEQ_MNIST")
 TINY = Settings(
     n_train=50, n_test=20, width=12, batch_size=16, epochs=2, learning_rate=0.05, log_every=4
@@ -55,7 +50,7 @@ def without_seconds(metrics):
 
 def last_checkpoint(path):
     with np.load(path / "checkpoint.npz") as file:
-        return {name: file[name] for name in file if name not in ("seconds", "metrics_bytes")}
+        return {name: file[name] for name in file if name not in ("seconds", "metrics")}
 
 
 def assert_identical(a, b):
@@ -136,9 +131,9 @@ def test_steps_are_those_of_the_explicit_deep_network(loss):
 
     measured = trainer.evaluate(trained.params, *data_of(data))
     f = deep_outputs(params, data_of(data)[0])
-    assert measured.accuracy == pytest.approx(float((f.argmax(1) == data.y_test).mean()))
+    assert measured["test_accuracy"] == pytest.approx(float((f.argmax(1) == data.y_test).mean()))
     expected = deep_loss(params, data_of(data)[0], data.y_test, loss)
-    assert measured.loss == pytest.approx(float(expected), rel=1e-5)
+    assert measured["test_loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def data_of(data):
@@ -153,23 +148,8 @@ def test_evaluation_in_parts(monkeypatch):
     whole = one.evaluate(params, *data_of(data))
     monkeypatch.setattr(minibatch, "EVALUATION_BATCH", 7)
     parts = one.evaluate(params, *data_of(data))
-    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
-    assert parts[1:3] == whole[1:3]
-    assert parts[3:] == pytest.approx(whole[3:], rel=1e-3)
-
-
-def test_adam_with_weight_decay_is_that_of_optax():
-    schedule = make_schedule("cosine", 0.1, 0, 10)
-    params = updated = {"a": jnp.arange(4.0), "b": jnp.ones((2, 2))}
-    ours, theirs = make_optimizer("adam", schedule, 0.3), optax.adamw(schedule, weight_decay=0.3)
-    ours_state, theirs_state = ours.init(params), theirs.init(params)
-    for i in range(3):
-        gradient = jax.tree.map(lambda p, i=i: jnp.sin(p + i), params)
-        step, ours_state = ours.update(gradient, ours_state, params)
-        params = optax.apply_updates(params, step)
-        step, theirs_state = theirs.update(gradient, theirs_state, updated)
-        updated = optax.apply_updates(updated, step)
-        jax.tree.map(np.testing.assert_array_equal, params, updated)
+    assert parts["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-5)
+    assert parts == pytest.approx(whole, rel=1e-3)
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -243,40 +223,23 @@ KILLED = Settings(
 )
 
 
-def kill_when(condition, path, delay=0.0):
+def kill_when(condition, path, delay):
     """Runs the launcher, and ends it by SIGKILL `delay` seconds after `condition(path)`."""
     flags = [f"--{k}={v}" for k, v in vars(KILLED).items() if v is not None]
-    command = [sys.executable, "-m", "experiments.train.classifier", f"--workdir={path}", *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = start("train.classifier", f"--workdir={path}", *flags)
     deadline = time.monotonic() + 120
     while not condition(path):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
 
 
 def lines_written(path):
     file = path / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
-
-
-def writing_a_checkpoint(path):
-    return lines_written(path) > 8 and any(path.glob(".nt-deq-checkpoint*"))
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    kill_when(writing_a_checkpoint, killed)
-    assert 8 < lines_written(killed) < 23
-    train.train(KILLED, Workdir(killed))
-    train.train(KILLED, Workdir(whole))
-    assert_identical(killed, whole)
-    assert (np.diff([line["seconds"] for line in lines(killed)]) > 0).all()
 
 
 @pytest.mark.slow
@@ -408,8 +371,10 @@ def test_a_finished_run_is_not_trained_again(run, monkeypatch):
 
     monkeypatch.setattr(train, "_batches", no_steps)
     before = (run / "metrics.jsonl").read_bytes()
-    train.train(TINY, Workdir(run))
-    assert (run / "metrics.jsonl").read_bytes() == before
+    for left in (before, before[:-30], b""):  # metrics that were cut come back
+        (run / "metrics.jsonl").write_bytes(left)
+        train.train(TINY, Workdir(run))
+        assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_directory_with_another_run(run, tmp_path, monkeypatch):
@@ -430,13 +395,6 @@ def test_a_directory_with_another_run(run, tmp_path, monkeypatch):
         train.train(TINY, Workdir(tmp_path))
 
 
-def test_metrics_that_were_cut(tmp_path):
-    train.train(TINY, Workdir(tmp_path))
-    (tmp_path / "metrics.jsonl").write_bytes(b"")
-    with pytest.raises(InputError, match=r"has 0 bytes, and had \d+ at the last checkpoint"):
-        train.train(TINY, Workdir(tmp_path))
-
-
 def test_divergence_names_the_step_and_what_to_change(tmp_path):
     with pytest.raises(
         TrainingError,
@@ -448,37 +406,6 @@ def test_divergence_names_the_step_and_what_to_change(tmp_path):
         train.train(chaotic, Workdir(tmp_path / "b"))
     with pytest.raises(InputError, match=r"^--W_std=4\.0 must be below 1\.41421"):
         train.train(dataclasses.replace(TINY, W_std=4.0), Workdir(tmp_path / "c"))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"batch_size": 51}, "--batch_size=51 is too large: there are --n_train=50"),
-        ({"batch_size": 0}, "--batch_size=0 is too small"),
-        ({"epochs": 0}, "--epochs=0 is too small"),
-        ({"learning_rate": 0.0}, "--learning_rate=0.0 is too small: it has to be above 0"),
-        ({"warmup_steps": 6}, "--warmup_steps=6 is too large: there are 6 steps"),
-        ({"weight_decay": -0.1}, "--weight_decay=-0.1 is too small"),
-        ({"rtol": 1e-9}, "--rtol=1e-09 is too small: it has to be at least 4e-06"),
-        ({"rtol": 0.5}, "--rtol=0.5 is too large: it has to be at most 0.1"),
-        ({"optimizer": "lamb"}, "--optimizer=lamb is unknown: use one of adam, sgd"),
-        ({"loss": "hinge"}, "--loss=hinge is unknown: use one of cross_entropy, mse"),
-        ({"schedule": "step"}, "--schedule=step is unknown: use one of constant, cosine"),
-        ({"activation": "swish"}, "--activation=swish is unknown: use one of relu"),
-        ({"log_every": 0}, "--log_every=0 is too small"),
-        ({"checkpoint_every": 0}, "--checkpoint_every=0 is too small"),
-        ({"network": "rnn"}, "--network=rnn is unknown: use one of dense, conv"),
-        ({"lipschitz": 1.0}, "--lipschitz=1.0 is too large: it has to be below 1, or 0 for none"),
-        ({"lipschitz": -0.1}, "--lipschitz=-0.1 is too small: it has to be at least 0"),
-        ({"shift": 1}, "--shift=1 is for --network=conv alone"),
-        ({"shift": -1, "network": "conv"}, "--shift=-1 is too small"),
-        ({"kernel_size": 0}, "--kernel_size=0 is too small"),
-        ({"data_dir": "x"}, "--data_dir=x is for --data=mnist alone"),
-    ],
-)
-def test_settings_that_cannot_be_right(change, message):
-    with pytest.raises(InputError, match=re.escape(message)):
-        dataclasses.replace(TINY, **change)
 
 
 @pytest.mark.slow
