@@ -47,7 +47,7 @@ def analyse(
     n = len(data.y_train)
     targets = np.concatenate([data.targets_train, data.targets_test])
 
-    def losses(mean, var=0):  # of networks drawn from a Gaussian
+    def losses(mean, var: Any = 0):  # of networks drawn from a Gaussian
         errors = np.square(mean - targets).mean(-1) + var
         return {"train_mse": errors[..., :n].mean(-1), "test_mse": errors[..., n:].mean(-1)}
 

@@ -27,11 +27,11 @@ from experiments.lib.random_networks import (
     ACTIVATIONS,
     by_calls,
     chance_error,
-    output_moments,
     relative_error,
 )
 from experiments.lib.workdir import Workdir
 from nt_deq._progress import progress_bar
+from nt_deq.activations import get_activation
 
 DEPTHS = (1, 2, 3, 5, 10, 30)
 MLP_DEPTHS = (1, 4, 16, 64)
@@ -106,11 +106,14 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> dict[str, 
     x = settings.inputs(settings.inputs_count)
     limit = settings.limit(x, activation)
     options = {"W_std": settings.W_std, "U_std": settings.U_std, "activation": activation}
+    dual = get_activation(activation).dual
     with enable_x64(True):
 
         def of_depths(depths):
             kernels = theory.depth_kernels(jnp.asarray(x), depths=depths, **options)
-            return np.stack([output_moments(kernel, activation)[0] for kernel in kernels])
+            variances = [jnp.diagonal(kernel) for kernel in kernels]
+            pairs = zip(variances, kernels, strict=True)
+            return np.stack([dual(k[:, None], k[None, :], kernel)[0] for k, kernel in pairs])
 
         by_depth, iterates = of_depths(DEPTHS), of_depths(KERNEL_DEPTHS)
         rates = np.asarray(theory.convergence_rate(jnp.asarray(x), **options))

@@ -20,7 +20,8 @@ import numpy as np
 from nt_deq import enable_x64, theory
 from experiments.lib import launch, random_networks, report
 from experiments.lib.launch import flag
-from experiments.lib.random_networks import ACTIVATIONS, output_kernels
+from experiments.lib.networks import Architecture
+from experiments.lib.random_networks import ACTIVATIONS
 from experiments.lib.workdir import Workdir
 
 PUBLISHED = {  # λ_min of E[φφᵀ] of one network, by width
@@ -64,7 +65,7 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> dict[str, 
 
     def kernels(count, W_std):
         x = settings.inputs(count)
-        nngp, ntk = output_kernels(x, W_std=W_std, U_std=settings.U_std, activation=activation)
+        nngp, ntk = Architecture(W_std, settings.U_std, 0.0, activation).kernels(x)
         return {"nngp": _smallest(nngp), "ntk": _smallest(ntk)}
 
     x = settings.inputs(settings.inputs_count)
@@ -98,12 +99,9 @@ def exceptions(settings: Settings) -> dict[str, dict[str, Any]]:
         "relu on {x, 2x}, with a bias": ("relu", np.concatenate([x, 2 * x]), 0.5),
         "relu, more inputs than features": ("relu", more, 0.0),
     }
+    W_std, U_std = settings.W_std, settings.U_std
     return {
-        name: _smallest(
-            output_kernels(
-                inputs, W_std=settings.W_std, U_std=settings.U_std, b_std=bias, activation=phi
-            )[0]
-        )
+        name: _smallest(Architecture(W_std, U_std, bias, phi).kernels(inputs)[0])
         for name, (phi, inputs, bias) in cases.items()
     }
 

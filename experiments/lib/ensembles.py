@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +96,9 @@ def train(
     dtype = np.float64 if settings.float64 else np.float32
     arrays = (data.x_train, data.targets_train, data.x_test)
     names = ("x_train", "y_train", "x_test")
-    problem = {name: array.astype(dtype) for name, array in zip(names, arrays, strict=True)}
+    problem: dict[str, Any] = {
+        name: array.astype(dtype) for name, array in zip(names, arrays, strict=True)
+    }
     problem["steps"] = settings.recorded_steps
     architecture = settings.architecture
 

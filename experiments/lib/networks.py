@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -35,6 +36,12 @@ class Architecture:
         """The kernels of the infinitely wide network, for neural-tangents."""
         stds = self.W_std, self.U_std, self.b_std
         return nt_deq.deq_network(*stds, self.activation, outputs=outputs)[2]
+
+    def kernels(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`Σ* = E[φ(z*)φ(z*)ᵀ]` and the NTK of an output at infinite width, float64, `(m, m)`."""
+        with nt_deq.enable_x64(True):
+            found = self.kernel_fn(1)(jnp.asarray(x), None, ("nngp", "ntk"))
+            return np.asarray(found.nngp), np.asarray(found.ntk)
 
     def deq(self, in_features: int, width: int, **options: Any) -> nt_deq.flax.DEQ:
         """Its layer of infinite depth, finitely wide; `options` are those of `nt_deq.flax.DEQ`."""

@@ -19,9 +19,9 @@ import numpy as np
 from jax import Array, lax
 
 import nt_deq
-from nt_deq import enable_x64
 from experiments.lib import launch
 from experiments.lib.launch import flag
+from experiments.lib.networks import Architecture
 from experiments.lib.workdir import Arrays, Workdir
 from nt_deq._progress import progress_bar
 from nt_deq.activations import get_activation
@@ -49,25 +49,7 @@ class Settings(launch.Settings):
 
     def limit(self, x: np.ndarray, activation: str) -> np.ndarray:
         """`Σ* = E[φ(z*)φ(z*)ᵀ]`, the covariance of an output at infinite width, float64."""
-        return output_kernels(x, W_std=self.W_std, U_std=self.U_std, activation=activation)[0]
-
-
-def output_kernels(
-    x: np.ndarray, *, W_std: float, U_std: float, b_std: float = 0.0, activation: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """`Σ*` and the NTK of an output at infinite width, float64, `(m, m)` each."""
-    with enable_x64(True):
-        k = nt_deq.deq_kernel(
-            jnp.asarray(x), W_std=W_std, U_std=U_std, b_std=b_std, activation=activation
-        )
-        dual, dual_slope = output_moments(k.nngp, activation)
-        return np.asarray(dual), np.asarray(dual + dual_slope * k.ntk)
-
-
-def output_moments(kernel: Array, activation: str) -> tuple[Array, Array]:
-    """`E[φ(z)φ(z)ᵀ]` and `E[φ'(z)φ'(z)ᵀ]` for `z` with covariance `kernel`, `(m, m)` each."""
-    variance = jnp.diagonal(kernel)
-    return get_activation(activation).dual(variance[:, None], variance[None, :], kernel)
+        return Architecture(self.W_std, self.U_std, 0.0, activation).kernels(x)[0]
 
 
 def relative_error(covariance: np.ndarray, limit: np.ndarray) -> np.ndarray:
