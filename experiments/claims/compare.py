@@ -189,20 +189,24 @@ def results_table(found: dict[str, Any]) -> str:
         "network width", f"{found['score']}: of one", "of the mean", "test MSE of one",
         "train MSE", "std", "distance to ∞", "equilibrium steps", "seconds",
     )  # fmt: skip
-    rows = []
-    for p in (*(found["infinite"][key] for key in LIMITS), *reversed(found["finite"])):
-        apart, one = "", p.get("one_test_score")
-        if one is None:
-            last, one = p["distances"][-1], np.mean(p["test_scores"])
-            apart = f"{last.mean():.4f} ± {last.std(ddof=1):.4f}"
-        test_mse, train_mse = (
-            np.mean(np.atleast_2d(p[of])[-1]) for of in ("test_mse", "train_mse")
-        )
-        rows.append([
-            p.get("name", str(p.get("width"))), f"{one:{form}}", f"{p['test_score']:{form}}",
-            f"{test_mse:.4f}", f"{train_mse:.4f}", f"{p['test_std']:.4f}", apart,
-            str(p["equilibrium_steps"]), f"{p['seconds']:.1f}",
-        ])  # fmt: skip
+
+    def row(name, of, one_score, train_mse, test_mse, apart=""):
+        return [
+            name, f"{one_score:{form}}", f"{of['test_score']:{form}}", f"{test_mse:.4f}",
+            f"{train_mse:.4f}", f"{of['test_std']:.4f}", apart, str(of["equilibrium_steps"]),
+            f"{of['seconds']:.1f}",
+        ]  # fmt: skip
+
+    limits = (found["infinite"][name] for name in LIMITS)
+    rows = [
+        row(of["name"], of, *(of[key] for key in ("one_test_score", "train_mse", "test_mse")))
+        for of in limits
+    ]
+    for e in reversed(found["finite"]):
+        train_mse, test_mse, last = (e[of][-1] for of in ("train_mse", "test_mse", "distances"))
+        means = np.mean(e["test_scores"]), train_mse.mean(), test_mse.mean()
+        apart = f"{last.mean():.4f} ± {last.std(ddof=1):.4f}"
+        rows.append(row(str(e["width"]), e, *means, apart))
     return table(header, rows)
 
 
@@ -213,10 +217,8 @@ def main(settings: Settings, workdir: Workdir) -> None:
     inputs, (n_train, n_features) = data.name_of_inputs, data.x_train.shape
     learned = f"{len(data.classes)} classes" if data.classes else "real targets"
     say = f"say of four held-out {inputs}" if data.classes else f"predict for held-out {inputs}"
-    wide, final = (
-        _networks(found["finite"][-1]),
-        networks[max(networks)]["outputs"][-1, :, n_train:],
-    )
+    final = networks[max(networks)]["outputs"][-1, :, n_train:]
+    wide = _networks(found["finite"][-1])
     mean, var = (limit[of][-1, n_train:] for of in ("ntk_mean", "ntk_var"))
     predictions = {
         "infinite width": (mean, np.broadcast_to(np.sqrt(var[:, None]), mean.shape)),

@@ -23,7 +23,8 @@ Found = Mapping[str, Mapping[str, Arrays]]
 
 def mean_ranks(accuracy: pd.DataFrame) -> pd.Series:
     """The mean rank of each method: 1 is the best, and ties share their ranks."""
-    return accuracy.rank(axis=1, ascending=False).mean(axis=0)
+    ranks: Any = accuracy.rank(axis=1, ascending=False).mean()
+    return ranks
 
 
 def friedman(accuracy: pd.DataFrame) -> dict[str, float]:

@@ -73,11 +73,6 @@ def test_the_numbers_that_it_writes(run):
     assert found["steps"] == [0, 1, 2, 4]
     np.testing.assert_allclose(found["times"], np.multiply(found["steps"], limit["learning_rate"]))
     check_closed_form(found, limit, networks, load("digits", None, 8, 10, seed=0).targets_train)
-
-
-@pytest.mark.slow
-def test_the_drift_of_the_ntk_and_its_error(run):
-    found, limit, networks = run
     for width, trained in networks.items():
         e, ntk = found["ensembles"][str(width)], trained["ntk"]
         assert ntk.shape == (4, TINY.seeds, 3, 3)
