@@ -19,14 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 from scipy import optimize
 
-import nt_deq
 from nt_deq import Picard, enable_x64, theory
 from experiments.lib import launch, report
 from experiments.lib.launch import flag
-from experiments.lib.random_networks import ACTIVATIONS, FEATURES, tied_layer
+from experiments.lib.networks import Architecture
+from experiments.lib.random_networks import ACTIVATIONS, FEATURES
 from experiments.lib.workdir import Workdir
 from nt_deq._progress import progress_bar
 
@@ -48,14 +49,18 @@ class Settings(launch.Settings):
     seed: int = flag(0, "of the inputs and of the networks", at_least=0)
 
 
-@partial(jax.jit, static_argnames="activation")
-def _solve(W: Array, injected: Array, activation: str) -> tuple[Array, Array]:
-    """Whether `z ← φ(z) W + injected` comes to rest from 0, and its Jacobian at the first input."""
-    layer, args = tied_layer(activation), (W, injected)
-    found = nt_deq.find_equilibrium(
-        layer, jnp.zeros_like(injected), args, solver=Picard(TOLERANCE, max_steps=MAX_STEPS)
-    )
-    jacobian = jax.jacobian(lambda z: layer(z, (W, injected[0])))(found.value[0])
+@partial(jax.jit, static_argnames=("U_std", "activation"))
+def _solve(W: Array, U: Array, x: Array, U_std: float, activation: str) -> tuple[Array, Array]:
+    """Whether the network comes to rest from 0, and its Jacobian there at the first input.
+
+    `W_std` is in the weights `W`: with some there is no equilibrium, and here that is a finding.
+    """
+    solver = Picard(TOLERANCE, max_steps=MAX_STEPS)
+    architecture = Architecture(1.0, U_std, 0.0, activation)
+    deq: Any = architecture.deq(len(U), len(W), rngs=nnx.Rngs(0), solver=solver)
+    deq.hidden.W[...], deq.inject.W[...] = W, U
+    found = deq.solve(x)
+    jacobian = jax.jacobian(lambda z: deq.step(z[None], x[:1])[0])(found.value[0])
     return found.converged.all(), jacobian
 
 
@@ -70,11 +75,10 @@ def measure(settings: Settings, workdir: Workdir, activation: str) -> list[dict[
             converged, radii = [], []
             for network in range(settings.networks):
                 rng = np.random.default_rng((settings.seed, settings.width, network))
-                W = rng.standard_normal((settings.width,) * 2).T * W_std / settings.width**0.5
+                W = W_std * rng.standard_normal((settings.width,) * 2).T
                 U = rng.standard_normal((FEATURES, settings.width))
-                injected = x @ U * (settings.U_std / FEATURES**0.5)
                 with enable_x64(True):
-                    at_rest, jacobian = _solve(jnp.asarray(W), jnp.asarray(injected), activation)
+                    at_rest, jacobian = _solve(W, U, x, settings.U_std, activation)
                 converged.append(bool(at_rest))
                 radii.append(np.abs(np.linalg.eigvals(jacobian)).max() if at_rest else np.nan)
             return {"converged": np.array(converged), "radii": np.array(radii)}

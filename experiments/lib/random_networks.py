@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,10 +22,9 @@ from jax import Array, lax
 import nt_deq
 from experiments.lib import launch
 from experiments.lib.launch import flag
-from experiments.lib.networks import Architecture
+from experiments.lib.networks import Architecture, dense
 from experiments.lib.workdir import Arrays, Workdir
 from nt_deq._progress import progress_bar
-from nt_deq.activations import get_activation
 from nt_deq.errors import NoEquilibriumError
 
 ACTIVATIONS = ("tanh", "relu")
@@ -63,41 +63,29 @@ def chance_error(covariances: np.ndarray, limit: np.ndarray) -> np.ndarray:
     return relative_error(limit + np.sqrt(variance), limit)
 
 
-def tied_layer(activation: str) -> Callable[[Array, tuple[Array, Array]], Array]:
-    """One layer, `z, (W, u) -> φ(z) W + u`, with the scales of its weights in them."""
-    phi = get_activation(activation).fn
-    return lambda z, args: phi(z) @ args[0] + args[1]
-
-
-@partial(jax.jit, static_argnames=("width", "activation", "depths"))
-def _draw(keys, *, x, W_std, U_std, width, activation, depths):
-    phi, layer = get_activation(activation).fn, tied_layer(activation)
-
-    def network(key):
-        W_key, U_key, V_key = jax.random.split(key, 3)
-        W = jax.random.normal(W_key, (width, width), x.dtype) * (W_std / width**0.5)
-        U = jax.random.normal(U_key, (x.shape[1], width), x.dtype) * (U_std / x.shape[1] ** 0.5)
-        V = jax.random.normal(V_key, (width, OUTPUTS), x.dtype) / width**0.5
-        args = W, x @ U
+@partial(jax.jit, static_argnames=("architecture", "width", "depths"))
+def _draw(keys, *, x, architecture, width, depths):
+    def draw(key):
+        rngs: Any = SimpleNamespace(params=iter(jax.random.split(key, 3)).__next__)  # W, U and V
+        solver = nt_deq.Picard(max_steps=MAX_STEPS)
+        network = dense(architecture, x.shape[1], width, OUTPUTS, rngs, solver=solver)
 
         def results(z, found):
-            h = phi(z)
-            return jnp.where(found, h @ V, jnp.nan), jnp.where(found, h @ h.T / width, jnp.nan)
+            h = network.deq.activation.fn(z)
+            outputs, covariance = network.readout(h), h @ h.T / width
+            return jnp.where(found, outputs, jnp.nan), jnp.where(found, covariance, jnp.nan)
 
-        z = jnp.zeros_like(args[1])
         if not depths:
-            found = nt_deq.find_equilibrium(
-                layer, z, args, solver=nt_deq.Picard(max_steps=MAX_STEPS)
-            )
+            found = network.deq.solve(x)
             return results(found.value, found.converged.all())
-        parts = []
+        z, parts = jnp.zeros((len(x), width), x.dtype), []
         for layers in np.diff(depths, prepend=0):
-            z = lax.fori_loop(0, int(layers), lambda _, z: layer(z, args), z)
+            z = lax.fori_loop(0, int(layers), lambda _, z: network.deq.step(z, x), z)
             parts.append(results(z, True))
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
     with jax.default_matmul_precision("highest"):
-        return lax.map(network, keys)  # not batched: XLA's batched products are slow on a CPU
+        return lax.map(draw, keys)  # not batched: XLA's batched products are slow on a CPU
 
 
 def by_calls(
@@ -147,7 +135,10 @@ def sample(
     }  # fmt: skip
     root = jax.random.fold_in(jax.random.key(settings.seed), width)
     root = jax.random.fold_in(root, 1 + len(depths))
-    draw = partial(_draw, **common, depths=tuple(depths))
+    architecture = Architecture(settings.W_std, settings.U_std, 0.0, activation)
+    draw = partial(
+        _draw, x=common["x"], architecture=architecture, width=width, depths=tuple(depths)
+    )
     size = max(1, min(count, BLOCK // width**2))
     blocks: list[Arrays] = []
     name = f"{activation}-width-{width}"
