@@ -70,10 +70,7 @@ class Settings(DataSettings):
         at_most=0.5,
     )
     network_counts: tuple[int, ...] = flag(
-        (100,),
-        "numbers of training images of finite networks, out of --counts",
-        at_least=10,
-        different=1,
+        (100,), "numbers of training images of finite networks, out of --counts", at_least=10
     )
     widths: tuple[int, ...] = flag(
         (32, 128, 512), "widths of finite networks", at_least=1, different=2

@@ -38,7 +38,7 @@ def flag(default: Any, help: str, **bounds: Any) -> Any:
       default: its value where none is given.
       help: what `--help` says.
       bounds: `at_least`, `above`, `at_most` or `below`, of every number; `one_of`, what there is to
-        choose from; `different`, how many numbers a tuple has at least, none of them twice.
+        choose from; `different`, how many numbers a tuple has at least (1), none of them twice.
     """
     return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
@@ -62,7 +62,11 @@ class Settings:
 
 
 def _check(shown: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    numbers = value if isinstance(value, tuple) else (value,)
+    numbers = (value,)
+    if isinstance(value, tuple):
+        numbers, least = value, bounds.get("different", 1)
+        if len(set(numbers)) < max(least, len(numbers)):
+            raise InputError(f"{shown} must be at least {least} different numbers, none twice.")
     if isinstance(numbers[0], int | float):
         if not all(map(math.isfinite, numbers)):
             raise InputError(f"{shown} is not a finite number.")
@@ -77,9 +81,6 @@ def _check(shown: str, value: Any, bounds: Mapping[str, Any]) -> None:
                 raise InputError(f"{shown} is too {wrong}: it must be {bound}.")
     if "one_of" in bounds and value not in bounds["one_of"]:
         raise InputError(f"{shown} is unknown: use one of {', '.join(bounds['one_of'])}.")
-    least = bounds.get("different", 0)
-    if least and len(set(numbers)) < max(least, len(numbers)):
-        raise InputError(f"{shown} must be at least {least} different numbers, none twice.")
 
 
 def format_value(value: Any) -> str:

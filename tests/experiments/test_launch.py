@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from launching import start
 
-from experiments.claims import compare, dynamics, gaussianity, generalization
+from experiments.claims import compare, dynamics, gaussianity, generalization, spectrum
 from experiments.lib import launch
 from experiments.lib.report import fit_power_law, table
 from experiments.lib.workdir import Workdir
@@ -47,9 +47,11 @@ class Bounded(launch.Settings):
         (Bounded, {"x": 1.5}, "--x=1.5 is too large: it must be below 1.5."),
         (Bounded, {"x": float("nan")}, "--x=nan is not a finite number."),
         (Bounded, {"widths": (4, 5, 0)}, "--widths=4,5,0 is too small"),
+        (Bounded, {"widths": ()}, "--widths= must be at least 3 different numbers"),
         (Bounded, {"widths": (4, 5)}, "--widths=4,5 must be at least 3 different numbers"),
         (Bounded, {"widths": (4, 5, 6, 4)}, "--widths=4,5,6,4 must be at least 3 different"),
         (Bounded, {"kind": "c"}, "--kind=c is unknown: use one of a, b."),
+        (spectrum.Settings, {"counts": ()}, "--counts= must be at least 1 different numbers"),
         (compare.Settings, {"widths": (64,)}, "--widths=64 must be at least 2 different"),
         (compare.Settings, {"activation": "swish"}, "--activation=swish is unknown"),
         (compare.Settings, {"data_dir": "x"}, "--data_dir=x is for --data=mnist alone"),
