@@ -58,7 +58,6 @@ from nt_deq._progress import progress_bar
 from nt_deq.activations import ACTIVATIONS
 from nt_deq.errors import InputError
 
-INPUTS = "inputs.json"  # what an image has to look like, and the names of the classes
 CHUNK = 8  # steps between two looks at whether all is finite
 
 DEFAULTS = {
@@ -171,9 +170,6 @@ def train(settings: Settings, workdir: Workdir) -> list[dict[str, float]]:
     shape = data.shape
     classifier = make_classifier(settings, shape, len(data.classes))
     run = Run(workdir, _identity(settings, data))
-    scale = None if data.scale is None else [*data.scale]
-    inputs = {"shape": shape, "mean": [*data.mean], "scale": scale, "classes": data.classes}
-    workdir.write_json(INPUTS, inputs)
     schedule = _schedule(settings)
     state, step, seconds = run.restore(classifier.init())
     start = time.perf_counter() - seconds
@@ -221,7 +217,18 @@ def _identity(settings: Settings, data: Dataset) -> dict[str, dict[str, Any]]:
     arrays = (data.x_train, data.y_train, data.x_test, data.y_test)
     # Of --data_dir counts what was read there, and more --epochs can follow.
     flags = {k: v for k, v in vars(settings).items() if k not in ("data_dir", "epochs")}
-    return {"settings": flags, "data": {"digest": joblib.hash(arrays)}, "versions": versions()}
+    scale = None if data.scale is None else data.scale.tolist()
+    return {
+        "settings": flags,
+        "versions": versions(),
+        "data": {
+            "digest": joblib.hash(arrays),
+            "shape": data.shape,
+            "mean": data.mean.tolist(),
+            "scale": scale,
+            "classes": data.classes,
+        },
+    }
 
 
 def _plan(run: Run, step: int, settings: Settings) -> None:

@@ -8,7 +8,6 @@ labels = trained.predict(images)
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from experiments.lib.data import standardise
 from experiments.lib.minibatch import EVALUATION_BATCH
 from experiments.lib.networks import Network
 from experiments.train.checkpoints import read_checkpoint, read_run
-from experiments.train.classifier import INPUTS, Settings, make_classifier, on_device
+from experiments.train.classifier import Settings, make_classifier, on_device
 from nt_deq.errors import InputError
 
 
@@ -87,21 +86,16 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     """
     path = Path(workdir)
     try:
-        held, inputs = read_run(path), json.loads((path / INPUTS).read_text(encoding="utf-8"))
+        held = read_run(path)
     except FileNotFoundError as error:
         raise InputError(
             f"{path} is no --workdir of experiments.train.classifier: {error}"
         ) from None
     settings = Settings(**held["settings"], epochs=held["epochs"][-1]["epochs"])
-    shape, classes = tuple(inputs["shape"]), np.array(inputs["classes"])
+    data = held["data"]
+    shape, classes = tuple(data["shape"]), np.array(data["classes"])
     classifier = make_classifier(settings, shape, len(classes))
     state, _ = read_checkpoint(path, classifier.init())
-    mean, scale = inputs["mean"], inputs.get("scale")
-    return Trained(
-        classifier.network(state.params),
-        settings,
-        classes,
-        shape,
-        np.array(mean, float),
-        None if scale is None else np.array(scale, float),
-    )
+    scale = None if data["scale"] is None else np.array(data["scale"])
+    network = classifier.network(state.params)
+    return Trained(network, settings, classes, shape, np.array(data["mean"]), scale)
