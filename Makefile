@@ -20,7 +20,7 @@ export UV_COMPILE_BYTECODE := 1
 # version, and versions in between, where neural-tangents needs other bridges than at either end.
 JAX_VERSIONS := 0.5.3 0.7.2 0.9.2
 
-.PHONY: demo test test-all test-versions lint docs notebooks dist bench clean
+.PHONY: demo test test-all test-versions attack lint docs notebooks dist bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.ready
@@ -38,6 +38,10 @@ test-versions: $(JAX_VERSIONS:%=test-jax-%)
 # Nothing is kept: JAX 0.5.3 reads back programs that compute something else.
 test-jax-%: .venvs/jax-%/.ready
 	JAX_ENABLE_COMPILATION_CACHE=false .venvs/jax-$*/bin/python -m $(PYTEST) -m "smoke and not slow" -p no:cacheprovider
+
+# Random problems against the bounds of the kernels' errors: the table of docs/precision.md.
+attack: .venv/.ready
+	$(KEPT) $(RUN) tests.kernels.attack
 
 lint: .venv/.types
 	$(RUN) ruff check

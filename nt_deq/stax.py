@@ -280,21 +280,18 @@ def DEQ(
         u = inject[2](k, **kwargs)
         W_var = jnp.square(jnp.asarray(W_std, u.nngp.dtype))
         solution = solve_equilibrium(phi, method, W_var, Injection(u.cov1, u.cov2, u.nngp))
-        solved = jnp.isfinite(solution.dual)
-        raise_unless_solved(phi, method, W_std, solved, *solution[:2])
-        out = u.replace(
-            cov1=solution.marginals1.dual,
-            cov2=None if u.cov2 is None else solution.marginals2.dual,
-            nngp=solution.dual,
-            is_gaussian=False,
+        first, second, solved = solution.marginals1, solution.marginals2, solution.solved
+        raise_unless_solved(phi, method, W_std, solved, first, second)
+        out = u.replace(nngp=solution.dual, ntk=None, is_gaussian=False)
+        if u.ntk is not None:
+            # What the weights of one layer add to the NTK; the rest comes back through z*.
+            added = hidden[2](out.replace(ntk=jnp.zeros_like(u.ntk)), **kwargs).ntk + u.ntk
+            added, slope = jnp.where(solved, added, 0), solution.dual_slope
+            out = out.replace(ntk=keep(solved, slope * added / (1 - W_var * slope)))
+        return out.replace(
+            cov1=keep(first.exists, first.dual),
+            cov2=None if u.cov2 is None else keep(second.exists, second.dual),
+            nngp=keep(solved, solution.dual),
         )
-        if u.ntk is None:
-            return out
-        # What the weights of one layer add to the NTK; the rest comes back through z*. What is not
-        # a number must not meet the derivatives of the others.
-        dual, slope = (jnp.where(solved, a, 0) for a in (solution.dual, solution.dual_slope))
-        finite = out.replace(nngp=dual, ntk=jnp.zeros_like(u.ntk))
-        added = hidden[2](finite, **kwargs).ntk + u.ntk
-        return out.replace(ntk=keep(solved, slope * added / (1 - W_var * slope)))
 
     return init_fn, apply_fn, kernel_fn

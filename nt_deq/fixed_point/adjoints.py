@@ -16,7 +16,7 @@ from jax import Array, lax
 from nt_deq import _checks
 from nt_deq.convolution import with_fast_transposes
 from nt_deq.errors import ArgumentError
-from nt_deq.fixed_point.implicit import implicit_vectors, keep, solve_linear
+from nt_deq.fixed_point.implicit import implicit_vectors, select, solve_linear
 from nt_deq.fixed_point.picard import Picard
 from nt_deq.fixed_point.solver import Solution, Solver, check_solver, network_rounding, norm
 
@@ -91,7 +91,7 @@ def _solve_linear(solver, on_failure, matvec, b):
             "another solver or more max_steps."
         )
         value = equinox.error_if(value, ~jnp.all(solution.converged), message)
-    return keep(solution.converged, value)
+    return select(solution.converged, value, jnp.nan)
 
 
 @dataclass(frozen=True)

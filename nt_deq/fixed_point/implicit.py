@@ -87,32 +87,33 @@ def solve_linear(
     )
 
 
-def keep(converged: Array, y: Array, otherwise: Array | float = jnp.nan) -> Array:
+def select(converged: Array, y: Array, otherwise: Array | float) -> Array:
     """`y`, and something else where a sample has not converged."""
-    spread = converged.reshape(converged.shape + (1,) * (y.ndim - converged.ndim))
-    return jnp.where(spread, y, otherwise)
+    return jnp.where(
+        converged.reshape(converged.shape + (1,) * (y.ndim - converged.ndim)), y, otherwise
+    )
 
 
 @jax.custom_jvp
-def nan_unless(converged: Array, y: Array) -> Array:
-    """`keep(converged, y)` whose derivative is NaN as well where a sample has not converged.
+def keep(converged: Array, y: Array) -> Array:
+    """`y`, and NaN where a sample has not converged, as is its derivative.
 
     But for a tangent or a cotangent of 0, which stays 0: who leaves a sample out of the loss gets
-    the derivative of the others.
+    the derivative of the others, if `y` is finite.
     """
-    return keep(converged, y)
+    return select(converged, y, jnp.nan)
 
 
-@nan_unless.defjvp
-def _nan_unless_jvp(primals, tangents):
+@keep.defjvp
+def _keep_jvp(primals, tangents):
     converged, y = primals
 
     def nan_or_zero(matvec, t):  # linear but for its NaN, so that JAX cannot transpose it
         del matvec
-        return keep(converged, t, jnp.where(t == 0, 0, jnp.nan))
+        return select(converged, t, jnp.where(t == 0, 0, jnp.nan))
 
     def identity(t):
         return t
 
     tangent = lax.custom_linear_solve(identity, tangents[1], nan_or_zero, nan_or_zero)
-    return nan_unless(converged, y), tangent
+    return keep(converged, y), tangent

@@ -20,7 +20,7 @@ from nt_deq.fixed_point.adjoints import (
     OnFailure,
     check_on_failure,
 )
-from nt_deq.fixed_point.implicit import nan_unless, solve_linear
+from nt_deq.fixed_point.implicit import keep, solve_linear
 from nt_deq.fixed_point.picard import Picard
 from nt_deq.fixed_point.solver import (
     Evaluation,
@@ -199,7 +199,7 @@ def outcome(solution: Solution, on_failure: OnFailure, given: dict[str, Any]) ->
             ],
         )
     kept = jnp.isfinite(solution.residual) if on_failure == "best" else converged
-    return jax.tree.map(partial(nan_unless, kept), value)
+    return jax.tree.map(partial(keep, kept), value)
 
 
 _REMEDY = (

@@ -25,7 +25,13 @@ import numpy as np
 from jax import Array, lax
 
 from nt_deq.fixed_point.anderson import Anderson
-from nt_deq.fixed_point.implicit import implicit_entries, implicit_vectors, keep, solve_linear
+from nt_deq.fixed_point.implicit import (
+    implicit_entries,
+    implicit_vectors,
+    keep,
+    select,
+    solve_linear,
+)
 from nt_deq.fixed_point.newton import Newton
 from nt_deq.fixed_point.solver import Bounds, Evaluation, Solver, norm, rounding
 from nt_deq.kernels.tiles import by_tiles
@@ -40,6 +46,7 @@ class Rates(NamedTuple):
     Attributes:
       injected: the largest variance of `inject(x)`.
       rate: at which the block contracts.
+      jumps: whether the cell has no derivative there, as with `stax.Sign`.
       converged: whether it did.
       residual: where the solver ended.
       steps: its evaluations, a scalar.
@@ -47,6 +54,7 @@ class Rates(NamedTuple):
 
     injected: Array
     rate: Array
+    jumps: Array
     converged: Array
     residual: Array
     steps: Array
@@ -54,7 +62,7 @@ class Rates(NamedTuple):
     @property
     def stable(self) -> Array:
         """Whether the input has an equilibrium, and the solver found it."""
-        return self.converged & (self.rate < 1 - rounding(self.rate.dtype))
+        return self.converged & (self.rate < 1 - rounding(self.rate.dtype)) & ~self.jumps
 
 
 class CellSolution(NamedTuple):
@@ -156,14 +164,16 @@ def _solve_marginals(cell, inject, solver) -> tuple[Array, Rates]:
             lambda y, args: Evaluation(fn(y, args)), start.reshape(len(start), -1), known, unit
         )
         value = root.value.reshape(start.shape)
+    rate, jumps = _rates(cell, slim, value)
     rates = Rates(
         injected=jnp.max(slim.cov1, axis=tuple(range(1, slim.cov1.ndim))),
-        rate=_rates(cell, slim, value),
+        rate=rate,
+        jumps=jumps,
         converged=root.converged,
         residual=root.residual,
         steps=root.steps,
     )
-    value = keep(rates.stable, value, start)
+    value = select(rates.stable, value, start)
     if start.ndim == 1:
         return implicit_entries(fn, value, args), rates
     linear = partial(_solve_linear, solver)
@@ -184,11 +194,11 @@ def _marginal_block(covariance, cov, args) -> Array:
     return covariance(cov.reshape(k.cov1.shape), k, *closed_over).reshape(cov.shape)
 
 
-def _rates(cell, slim, cov) -> Array:
-    """Largest eigenvalue of `L` for every input and itself, by power iteration.
+def _rates(cell, slim, cov) -> tuple[Array, Array]:
+    """Largest eigenvalue of `L` for every input and itself, by power iteration; and where φ jumps.
 
-    Infinite where `L` is not the derivative of the NNGP map: neural-tangents says that a φ that
-    jumps has no derivative, but what it does to near states has no bound.
+    There `L` is not the derivative of the NNGP map: neural-tangents says that a φ that jumps has no
+    derivative, but what it does to near states has no bound.
     """
 
     def rate(cov, mask):
@@ -213,7 +223,7 @@ def _rates(cell, slim, cov) -> Array:
         near = (1 - 4 * rounding(cov.dtype)) * block
         moved = jax.jvp(lambda c: cell(k.replace(nngp=c, ntk=None)).nngp, (near,), (block,))[1]
         jumps = jnp.max(jnp.abs(moved)) > 1.1 * jnp.max(jnp.abs(linear(block)))
-        return jnp.where(jumps, jnp.inf, largest)
+        return largest, jumps
 
     cov, mask = lax.stop_gradient((cov, slim.mask1))
     return jax.vmap(rate, in_axes=(0, None if mask is None else 0))(cov, mask)
@@ -227,7 +237,7 @@ def large_rates(kernel_map: KernelMap, inject: nt.Kernel) -> tuple[Array, Array]
 
     def rates(k):
         slim = _first_inputs(k)
-        return _rates(_in_order(kernel_map), slim, 1e6 * slim.cov1)
+        return _rates(_in_order(kernel_map), slim, 1e6 * slim.cov1)[0]
 
     first = rates(inject)
     return first, first if inject.cov2 is None else rates(_swapped(inject))
@@ -259,7 +269,8 @@ def _solve_entries(cell, k, inject, exists, solver) -> tuple[Array, Array, Array
     correlation = jnp.where(norms == 0, 0, injected / jnp.where(norms == 0, 1, norms))
     start, known, limit = lax.stop_gradient((scale * jnp.clip(correlation, -1, 1), args, scale))
     root, _ = solver.solve_entries(fn, start, known, Bounds(-limit, limit))
-    return implicit_entries(fn, root.value, args), root.converged, root.steps
+    value = select(root.converged, root.value, start)
+    return implicit_entries(fn, value, args), root.converged, root.steps
 
 
 def _entry(entries, nngp, args) -> Evaluation:
@@ -337,6 +348,7 @@ def _solve_channel(channel, k, injected, exists, solver) -> tuple[Array, Array, 
         tile, *lax.stop_gradient((rows, columns, (k.nngp, injected, exists))),
         mirror if k.cov2 is None else None,
     )  # fmt: skip
+    value = select(converged, value, injected)
     layer, args = _block_layer(channel, k, injected, exists)
     value = implicit_vectors(layer, partial(_solve_linear, solver), _flat(value), args)
     return value.reshape(injected.shape), converged, steps
@@ -366,7 +378,7 @@ def _apply_to_blocks(channel, y, args) -> Array:
 
 def _solve_linear(solver, matvec, b):
     solution = solve_linear(solver, matvec, b, _block_rounding(b.dtype))
-    return keep(solution.converged, solution.value)
+    return select(solution.converged, solution.value, jnp.nan)
 
 
 def _block_rounding(dtype) -> float:

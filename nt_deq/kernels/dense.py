@@ -26,13 +26,23 @@ import numpy as np
 from jax import Array, lax
 
 from nt_deq import _checks
+from nt_deq._bridges import enable_x64
 from nt_deq.activations import Activation, get_activation
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.implicit import implicit_entries, keep
 from nt_deq.fixed_point.newton import Newton
-from nt_deq.fixed_point.solver import Bounds, Evaluation, Solution, Solver, check_solver, rounding
+from nt_deq.fixed_point.solver import (
+    Bounds,
+    Evaluation,
+    Solution,
+    Solver,
+    SteppingSolver,
+    check_solver,
+    rounding,
+)
 from nt_deq.kernels.diagnosis import raise_unless_solved
-from nt_deq.kernels.series import Chebyshev, arc_moment, sine
+from nt_deq.kernels.error_bounds import bound_inputs, bound_pairs, gram_error
+from nt_deq.kernels.series import NEAR, Chebyshev, arc_moment, homogeneous, sine
 from nt_deq.kernels.tiles import by_tiles
 
 
@@ -46,8 +56,8 @@ class KernelSolution(NamedTuple):
       residual: `(n1, n2)`, `|W_std² V(K*) + S - K*|` as evaluated at the end.
       rate: the largest `J = W_std² E[φ'(z*)²]` of all inputs, at which plain iteration contracts;
         an equilibrium exists where it is below 1.
-      nngp_error: `(n1, n2)`, bound on the error of `nngp`: the residual, the rounding of it and of
-        `x·x'`, and the errors of the two variances, over `1 - √(J J')`.
+      nngp_error: `(n1, n2)`, bound on the error of `nngp`: see `nt_deq.kernels.error_bounds`.
+      ntk_error: `(n1, n2)`, bound on the error of `ntk`, likewise.
       converged: `(n1, n2)`, whether the entry of `nngp` and `ntk` is a number (where not, NaN).
     """
 
@@ -57,6 +67,7 @@ class KernelSolution(NamedTuple):
     residual: Array
     rate: Array
     nngp_error: Array
+    ntk_error: Array
     converged: Array
 
     def __repr__(self):
@@ -64,13 +75,17 @@ class KernelSolution(NamedTuple):
         first = f"KernelSolution: nngp and ntk of shape {self.nngp.shape}, {self.nngp.dtype}"
         if _checks.is_traced(self):
             return f"{first}, traced"
-        converged, bound = np.asarray(self.converged), np.asarray(self.nngp_error)
+        converged = np.asarray(self.converged)
+        bounds = (
+            f"{name}: at most {np.max(np.asarray(bound)[converged], initial=0):.2g}"
+            for name, bound in (("nngp_error", self.nngp_error), ("ntk_error", self.ntk_error))
+        )
         every = "all" if converged.all() else f"{converged.sum()} of"
         return "\n  ".join(
             [
                 first,
                 f"steps: {np.max(self.steps)}, rate: {np.max(self.rate):.6g}",
-                f"nngp_error: at most {np.max(bound[converged], initial=0):.2g}",
+                ", ".join(bounds),
                 f"converged: {every} {converged.size} pairs",
             ]
         )
@@ -105,7 +120,9 @@ def deq_kernel(
 
     Returns:
       A `KernelSolution` in the dtype of `x1` and `x2`; of half precision in float32, as
-      neural-tangents has it.
+      neural-tangents has it. Where float32 does not give `Θ*` to a percent (near-duplicates close
+      to criticality, sin of large features) it is computed in float64 and rounded; a traced call
+      cannot, and says so in `ntk_error`.
 
     Raises:
       OverflowError: a variance or a product of two is beyond the dtype (traced: as below).
@@ -118,10 +135,25 @@ def deq_kernel(
     solver = dense_solver(solver, activation)
     _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=b_std)
     x1, x2 = _checks.input_pair(x1, x2)
-    stds = (jnp.asarray(std, x1.dtype) for std in (W_std, U_std, b_std))
-    solution, marginals = _solve(activation, solver, *stds, x1, x2)
-    raise_unless_solved(activation, solver, W_std, solution.converged, *marginals)
-    return solution
+
+    def solve(x1, x2):
+        stds = (jnp.asarray(std, x1.dtype) for std in (W_std, U_std, b_std))
+        solution, marginals = _solve(activation, solver, *stds, x1, x2)
+        raise_unless_solved(activation, solver, W_std, solution.converged, *marginals)
+        return solution, marginals
+
+    solution, marginals = solve(x1, x2)
+    asked_for_less = isinstance(solver, SteppingSolver) and solver.rtol is not None
+    if (
+        _checks.is_traced(solution)
+        or solution.ntk.dtype == np.float64
+        or asked_for_less
+        or _exact(*marginals, solution)
+    ):
+        return solution
+    with enable_x64(True):
+        x1, x2 = (None if x is None else x.astype(np.float64) for x in (x1, x2))
+        return _rounded(solve(x1, x2)[0])
 
 
 def dense_solver(solver: Solver | None, activation: Activation) -> Solver:
@@ -164,31 +196,32 @@ class Marginals(NamedTuple):
     """The equilibrium of every input with itself, `(n,)` each.
 
     Attributes:
-      variance: `K*(x, x)`, NaN where there is no equilibrium, as `dual` and `dual_slope`.
-      dual: `E[φ(z*)²]`.
-      dual_slope: `E[φ'(z*)²]`.
-      finite: the three, with those at `S(x, x)` where there is no equilibrium: what is not a number
-        must not meet the derivatives of other inputs.
-      rate: `J = W_std² E[φ'(z*)²]`.
+      variance: `K*(x, x)`; where there is no equilibrium `S(x, x)`, or 1 if that is no number: what
+        is none must not meet the derivatives of other inputs.
+      dual: `E[φ(z*)²]` at that variance.
+      dual_slope: `E[φ'(z*)²]` at that variance.
+      exists: whether there is an equilibrium and the solver found it.
+      rate: `J = W_std² E[φ'(z*)²]`, of `root` where there is no equilibrium.
       root: what the solver found, be it an equilibrium or not.
     """
 
     variance: Array
     dual: Array
     dual_slope: Array
-    finite: tuple[Array, Array, Array]
+    exists: Array
     rate: Array
     root: Solution
 
 
 class Equilibrium(NamedTuple):
-    """The equilibrium of all pairs, `(n1, n2)` each: NaN where there is none or the solver failed.
+    """The equilibrium of all pairs, `(n1, n2)` each.
 
     Attributes:
       marginals1, marginals2: of the first and of the second inputs.
-      covariance: `K*`.
-      dual: `V(K*)`.
-      dual_slope: `V̇(K*)`.
+      covariance: `K*`, and 0 where it is not known.
+      dual: `V(K*)`, likewise.
+      dual_slope: `V̇(K*)`, likewise.
+      solved: whether both inputs have an equilibrium, and the solver found that of the pair.
       residual: `|W_var V(K*) + S - K*|`.
       steps: the solver's, a scalar.
     """
@@ -198,8 +231,27 @@ class Equilibrium(NamedTuple):
     covariance: Array
     dual: Array
     dual_slope: Array
+    solved: Array
     residual: Array
     steps: Array
+
+
+@jax.jit
+def _exact(first: Marginals, second: Marginals, solution: KernelSolution) -> Array:
+    """Whether all of `Θ*` is known to one percent of `√(Θ*(x, x) Θ*(x', x'))`."""
+    root1, root2 = (jnp.sqrt(each.variance / (1 - each.rate)) for each in (first, second))
+    return jnp.all(solution.ntk_error <= 0.01 * root1[:, None] * root2[None, :])
+
+
+@jax.jit
+def _rounded(solution: KernelSolution) -> KernelSolution:
+    """A solution in float64 as one in float32."""
+    eps = float(jnp.finfo(jnp.float32).eps)
+    solution = solution._replace(
+        nngp_error=solution.nngp_error + eps * jnp.abs(solution.nngp),
+        ntk_error=solution.ntk_error + eps * jnp.abs(solution.ntk),
+    )
+    return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.float64 else a, solution)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -207,29 +259,30 @@ def _solve(activation, solver, W_std, U_std, b_std, x1, x2):
     """The `KernelSolution` and the `Marginals` of both sides."""
     W_var, b_var = W_std**2, b_std**2
     U_var = U_std**2 / x1.shape[1]
-    others = x1 if x2 is None else x2
 
     def variance(x):
         return U_var * jnp.sum(x * x, axis=1) + b_var
 
-    injection = Injection(
-        variance(x1),
-        None if x2 is None else variance(x2),
-        U_var * multiply(x1, others) + b_var,
-        (x1, others, U_var, b_var),
-    )
+    def finite(x, s):  # what overflows or is NaN must not meet the derivatives of the others
+        return jnp.where(jnp.isfinite(s)[:, None], x, 0)
+
+    s1, s2 = variance(x1), None if x2 is None else variance(x2)
+    x1 = finite(x1, s1)
+    x2 = x1 if s2 is None else finite(x2, s2)
+    injection = Injection(s1, s2, U_var * multiply(x1, x2) + b_var, (x1, x2, U_var, b_var))
     equilibrium = solve_equilibrium(activation, solver, W_var, injection)
-    first, second, covariance, _, dual_slope, residual, steps = equilibrium
-    # What is not a number must not meet the derivatives of the others.
-    solved = jnp.isfinite(covariance)
-    finite, slope = (jnp.where(solved, a, 0) for a in (covariance, dual_slope))
+    first, second, covariance, _, slope, solved, residual, steps = equilibrium
+    nngp_error, ntk_error = _error_bounds(
+        activation, solver, x1.shape[1], W_var, *lax.stop_gradient((injection, equilibrium))
+    )
     solution = KernelSolution(
-        nngp=covariance,
-        ntk=keep(solved, finite / (1 - W_var * slope)),
+        nngp=keep(solved, covariance),
+        ntk=keep(solved, covariance / (1 - W_var * slope)),
         steps=steps,
         residual=residual,
         rate=jnp.maximum(jnp.max(first.rate), jnp.max(second.rate)),
-        nngp_error=_nngp_error(activation, x1.shape[1], W_var, injection, equilibrium),
+        nngp_error=nngp_error,
+        ntk_error=ntk_error,
         converged=solved,
     )
     return solution, (first, second)
@@ -250,14 +303,16 @@ def solve_equilibrium(
     s1, s2, s12, _ = injection
     first = _solve_marginals(activation, solver, W_var, s1)
     second = first if s2 is None else _solve_marginals(activation, solver, W_var, s2)
-    pairs, residual, steps = _solve_pairs(
+    found, residual, steps = _solve_pairs(
         activation, solver, *lax.stop_gradient((W_var, injection, first, second))
     )
-    args = (W_var, s12, first.finite[0][:, None], second.finite[0][None, :])
-    diagonal = first.finite if s2 is None else None
-    pairs = _differentiable(activation, pairs, args, diagonal)
-    covariance, dual, dual_slope = pairs
-    return Equilibrium(first, second, covariance, dual, dual_slope, residual, steps)
+    solved = jnp.isfinite(found[0])
+    found = tuple(jnp.where(solved, a, 0) for a in found)
+    args = (W_var, s12, first.variance[:, None], second.variance[None, :])
+    covariance, dual, dual_slope = _differentiable(
+        activation, found, args, first[:3] if s2 is None else None
+    )
+    return Equilibrium(first, second, covariance, dual, dual_slope, solved, residual, steps)
 
 
 def marginal_map(activation: Activation, k: Array, args: tuple[Array, Array]) -> Evaluation:
@@ -276,20 +331,20 @@ def _solve_marginals(activation, solver, W_var, s) -> Marginals:
     root, _ = solver.solve_entries(marginal, start, known, bounds)
     rate = W_var * activation.dual_diagonal(root.value)[1]
     stable = root.converged & (rate < 1 - rounding(rate.dtype))
-    k = implicit_entries(marginal, jnp.where(stable, root.value, start), args)
-    finite = (k, *activation.dual_diagonal(k))
-    rate = jnp.where(stable, W_var * finite[2], rate)
-    k, dual, dual_slope = (jnp.where(stable, a, jnp.nan) for a in finite)
-    return Marginals(k, dual, dual_slope, finite, rate, root)
+    otherwise = jnp.where(jnp.isfinite(start), start, 1)
+    k = implicit_entries(marginal, jnp.where(stable, root.value, otherwise), args)
+    dual, dual_slope = activation.dual_diagonal(k)
+    rate = jnp.where(stable, W_var * dual_slope, rate)
+    return Marginals(k, dual, dual_slope, stable, rate, root)
 
 
 def _solve_pairs(activation, solver, W_var, injection, first, second):
-    """`(K*, V(K*), V̇(K*))`, residual and steps of all pairs, by tiles."""
+    """`(K*, V(K*), V̇(K*))`, NaN where they are not known, residual and steps of all pairs."""
     s1, s2, s12, factors = injection
     x1, x2, *scale_and_shift = factors or (None, None)
     series = None
     if isinstance(solver, Chebyshev):
-        moment, bend = _homogeneous(activation, W_var)
+        moment, bend = homogeneous(activation, W_var)
         series = solver.series(W_var * bend / (1 - W_var * moment))
 
     def tile(rows, columns, s12):
@@ -303,7 +358,12 @@ def _solve_pairs(activation, solver, W_var, injection, first, second):
         if series is None:
             *found, steps = _solve_by_steps(activation, solver, args, correlation)
         else:
-            *found, steps = _solve_by_angle(activation, solver, series, args, correlation)
+            chord = _chord(correlation)
+            if factors is not None:
+                same = (s2 is None) & (number1[:, None] == number2[None, :])
+                sides = (x1, inverse1), (x2, inverse2)
+                chord = _exact_chord(chord, same, *sides, *scale_and_shift)
+            *found, steps = _solve_by_angle(activation, solver, series, args, chord)
         if s2 is None:  # one number per input, where ρ = 1 would lose half of the digits of V̇
             same = number1[:, None] == number2[None, :]
             found = (jnp.where(same, s[:, None], p) for s, p in zip(singles1, found, strict=True))
@@ -311,7 +371,8 @@ def _solve_pairs(activation, solver, W_var, injection, first, second):
         return tuple(pairs), residual, steps
 
     def side(s, marginals, x):
-        singles = (*marginals[:3], marginals.root.residual)
+        known = (*marginals[:3], marginals.root.residual)
+        singles = tuple(jnp.where(marginals.exists, a, jnp.nan) for a in known)
         return jnp.arange(len(s)), singles, _inverse_root(s), x
 
     rows = side(s1, first, x1)
@@ -349,20 +410,41 @@ def _solve_by_steps(activation, solver, args, correlation):
     return covariance, *duals, root.residual, root.steps
 
 
-def _homogeneous(activation, W_var) -> tuple[Array, Array]:
-    """`E[φ(g)²]` of a homogeneous `φ`, and how much it bends: `V̇ = moment - bend · angle/π`."""
-    one = jnp.ones_like(W_var)
-    moment = activation.dual_diagonal(one)[1]
-    return moment, 2 * (moment - activation.dual(one, one, 0 * one)[1])
+def _chord(correlation: Array) -> Array:
+    """`√(2(1 - r))`, and 0 where a Gram matrix of this dtype does not tell two inputs apart."""
+    square = 2 * (1 - correlation)
+    return jnp.sqrt(jnp.where(square <= 16 * jnp.finfo(square.dtype).eps, 0, square))
 
 
-def _solve_by_angle(activation, solver, series, args, correlation):
+def _exact_chord(chord, same, side1, side2, U_var, b_var) -> Array:
+    """`|s/|s| - s'/|s'||` of `s = (√U_var x, √b_var)`, from differences where inputs are near.
+
+    A side is `(x, 1/|s|)`. Only a tile with such a pair, that is not one of an input with itself,
+    pays for it.
+    """
+    near = (chord * chord <= NEAR * jnp.finfo(chord.dtype).eps) & ~same
+    (x1, inverse1), (_, inverse2) = side1, side2
+
+    def by_differences(chord):
+        scaled1, scaled2 = (jnp.sqrt(U_var) * x * inverse[:, None] for x, inverse in (side1, side2))
+
+        def add(i, total):
+            column1, column2 = (
+                lax.dynamic_index_in_dim(a, i, 1, False) for a in (scaled1, scaled2)
+            )
+            return total + (column1[:, None] - column2[None, :]) ** 2
+
+        start = b_var * (inverse1[:, None] - inverse2[None, :]) ** 2
+        total = lax.fori_loop(0, x1.shape[1], add, start)
+        return jnp.where(near, jnp.sqrt(total), chord)
+
+    return lax.cond(jnp.any(near), by_differences, lambda chord: chord, chord)
+
+
+def _solve_by_angle(activation, solver, series, args, chord):
     """The same of a homogeneous `φ`, from the angles between the states `z*`."""
     W_var, s12, k1, k2 = args
-    moment, bend = _homogeneous(activation, W_var)
-    square = 2 * (1 - correlation)
-    # Where a Gram matrix of this dtype does not tell two inputs apart, they are the same.
-    chord = jnp.sqrt(jnp.where(square <= 16 * jnp.finfo(square.dtype).eps, 0, square))
+    moment, bend = homogeneous(activation, W_var)
     angle, steps = solver.angles(series, chord)
     cosine = 1 - 2 * sine(angle / 2) ** 2
     scale = jnp.sqrt(k1) * jnp.sqrt(k2)
@@ -377,7 +459,6 @@ def _differentiable(activation, pairs, args, singles):
     """`pairs = (K*, V, V̇)`, with the derivatives in `args` that the equation gives them.
 
     `singles` are their diagonals where `x2` is `x1`, and give those of the derivatives, or `None`.
-    Where a pair is NaN its derivatives are 0.
     """
     del activation, args, singles
     return pairs
@@ -389,8 +470,7 @@ def _differentiable_jvp(activation, primals, tangents):
     _, d_args, d_singles = tangents
     # The values in the rule have the rule's own derivatives, so that higher ones are right too.
     pairs = _differentiable(activation, pairs, args, singles)
-    solved = jnp.isfinite(pairs[0])
-    covariance, _, dual_slope = (jnp.where(solved, p, 0) for p in pairs)
+    covariance, _, dual_slope = pairs
     W_var, _, k1, k2 = args
 
     def fn(args):
@@ -402,33 +482,27 @@ def _differentiable_jvp(activation, primals, tangents):
     if singles is not None:
         same = jnp.eye(len(covariance), dtype=bool)
         d_pairs = (jnp.where(same, s, p) for s, p in zip(d_singles, d_pairs, strict=True))
-    return pairs, tuple(jnp.where(solved, d, 0) for d in d_pairs)
+    return pairs, tuple(d_pairs)
 
 
-def _nngp_error(activation, features, W_var, injection, equilibrium) -> Array:
-    """The bound that `KernelSolution.nngp_error` is."""
-    first, second = equilibrium[:2]
+def _error_bounds(activation, solver, features, W_var, injection, equilibrium):
+    """Bounds of the errors of `K*` and of `Θ*`, NaN where these are."""
+    first, second, *pairs, solved, residual, _ = equilibrium
     s1, s2 = injection.variance1, injection.variance2
-    unit = rounding(s1.dtype)
-    gram_unit = unit / 4 * features**0.5  # Higham & Mary 2019, "A new approach to ... rounding"
+    gram = gram_error(features, s1.dtype)
 
-    def error_of_variance(marginals, s):
-        found = marginal_map(activation, marginals.variance, (W_var, s))
-        assert found.slope is not None
-        error = marginals.root.residual + unit * marginals.variance + gram_unit * s
-        return error / (1 - found.slope)
+    def side(s, marginals):
+        marginal = partial(marginal_map, activation, args=(W_var, s))
+        k, residual = marginals.variance, marginals.root.residual
+        return bound_inputs(activation, marginal, gram, W_var, s, k, residual)
 
-    def outer(a, b):
-        return a[:, None] * b[None, :]
-
-    error1 = error_of_variance(first, s1)
-    error2 = error1 if s2 is None else error_of_variance(second, s2)
-    # |∂V/∂k| = |E[φ'(u) u φ(u')]|/2k <= Lip √E[φ(u')²] / 2√k, by Cauchy-Schwarz
-    by_variances = (activation.lipschitz / 2) * (
-        outer(error1 * _inverse_root(first.variance), jnp.sqrt(second.dual))
-        + outer(jnp.sqrt(first.dual), error2 * _inverse_root(second.variance))
+    bounds = bound_pairs(
+        activation,
+        solver.rtol or 0.0 if isinstance(solver, Chebyshev) else None,
+        gram,
+        W_var,
+        side(s1, first),
+        None if s2 is None else side(s2, second),
+        (*pairs, residual),
     )
-    scale = outer(jnp.sqrt(first.variance), jnp.sqrt(second.variance))
-    gram_scale = outer(jnp.sqrt(s1), jnp.sqrt(s1 if s2 is None else s2))
-    error = equilibrium.residual + unit * scale + gram_unit * gram_scale + W_var * by_variances
-    return error / (1 - outer(jnp.sqrt(first.rate), jnp.sqrt(second.rate)))
+    return tuple(jnp.where(solved, bound, jnp.nan) for bound in bounds)

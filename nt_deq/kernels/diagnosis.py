@@ -13,7 +13,7 @@ from jax import Array
 from nt_deq import _checks
 from nt_deq.activations import Activation
 from nt_deq.errors import ArgumentError, NoEquilibriumError, NotConvergedError
-from nt_deq.fixed_point.solver import Solver, rounding
+from nt_deq.fixed_point.solver import Solver
 
 if TYPE_CHECKING:
     from nt_deq.kernels.cell import CellSolution
@@ -35,7 +35,7 @@ def raise_unless_solved(
     largest = float(jnp.finfo(dtype).max)
     wider = "" if dtype == np.float64 else ", or compute in float64"
     for side, marginals in (("x1", marginals1), ("x2", marginals2)):
-        missing = np.flatnonzero(~np.isfinite(np.asarray(marginals.variance)))
+        missing = np.flatnonzero(~np.asarray(marginals.exists))
         if not missing.size:
             continue
         row, where = missing[0], _checks.rows(side, missing)
@@ -118,10 +118,10 @@ def raise_unless_cell_solved(
                 f"{dtype}; make the inputs or the weights of inject smaller."
             )
         gone = ~np.isfinite(np.asarray(rates.residual))
-        unstable = gone | (solved & ~(rate < 1 - rounding(dtype)))
+        unstable = gone | (solved & ~np.asarray(rates.stable))
         if not (solved | gone).all():
             unstable |= ~solved & ~(rate < 1) & (np.asarray(large_rates()[i]) >= 1)
-        if np.isposinf(rate[unstable]).any():
+        if np.asarray(rates.jumps)[unstable].any():
             raise NoEquilibriumError(
                 "FixedPoint: a nonlinearity of the cell jumps, as stax.Sign does: states that are "
                 "near end far apart, so that the network has no stable equilibrium, whatever W_std "

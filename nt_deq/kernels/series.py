@@ -10,8 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from nt_deq.activations import Activation
 from nt_deq.fixed_point.newton import Newton
 from nt_deq.fixed_point.solver import rounding
+
+# Two inputs are near whose chord squared is at most so many eps: it is computed from their
+# differences, since the rounding of `1 - x·x'` would be a percent of it and more.
+NEAR = 2.0**13
+
+
+def homogeneous(activation: Activation, W_var: Array) -> tuple[Array, Array]:
+    """`E[φ(g)²]` of a homogeneous `φ`, and how much it bends: `V̇ = moment - bend · angle/π`."""
+    one = jnp.ones_like(W_var)
+    moment = activation.dual_diagonal(one)[1]
+    return moment, 2 * (moment - activation.dual(one, one, 0 * one)[1])
 
 
 class Series(NamedTuple):

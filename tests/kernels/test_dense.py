@@ -417,7 +417,10 @@ def test_a_solution_is_printed_in_four_lines():
     assert len(lines) == 4
     assert lines[0] == "KernelSolution: nngp and ntk of shape (3, 3), float32"
     assert lines[1].split() == f"steps: {solution.steps}, rate: {solution.rate:.6g}".split()
-    assert lines[2].split() == f"nngp_error: at most {solution.nngp_error.max():.2g}".split()
+    bounds = (solution.nngp_error.max(), solution.ntk_error.max())
+    assert lines[2].strip() == "nngp_error: at most {:.2g}, ntk_error: at most {:.2g}".format(
+        *bounds
+    )
     assert lines[3].split() == ["converged:", "all", "9", "pairs"]
     x = jnp.array([[0.1, 0.0], [3.0, 1.0]])
     part = jax.jit(lambda x: deq_kernel(x, W_std=2.0, activation="erf"))(x)

@@ -1,0 +1,285 @@
+"""How far the dense kernels may be from the truth: the bounds of a `KernelSolution`.
+
+A computed `K*` solves its equation but for the residual, the rounding of that, and the errors of
+what enters it: `S` and the two variances. With `ρ = c/√(k k')` the equation of a pair is
+
+    g(ρ; k, k') = (W_var V(k, k', ρ√(k k')) + S)/√(k k') - ρ = 0,     -∂g/∂ρ = 1 - J(ρ),
+
+so the error of `ρ` is at most `ν/(1 - max J)`, where `ν` is how far from 0 `g` may be, and the
+maximum is taken between the computed `ρ` and the true one. By Cauchy-Schwarz `J` is at most
+`√(J(x, x) J(x', x'))` everywhere, which gives a first bound `δ`, and the `J` at `ρ ± δ` a sharper
+one. The variances are bounded likewise. From `Θ* = K*/(1 - J)` follows
+
+    |Θ - Θ*| <= (|K - K*| + |Θ| |J - J*|)/(1 - J*).
+
+The rounding errors of the terms of `x·x'` are taken for independent, so that they add up to `√d` of
+them (Higham & Mary 2019, "A new approach to probabilistic rounding error analysis").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from nt_deq.activations import Activation
+from nt_deq.fixed_point.solver import Evaluation
+from nt_deq.kernels.series import NEAR, arc_moment, homogeneous, sine
+from nt_deq.kernels.tiles import by_tiles
+
+_UNITS = 2.0  # rounding errors of an equation that is evaluated once, in eps
+
+
+class Inputs(NamedTuple):
+    """The equilibria of inputs with themselves, and what is not known of them, `(n,)` each.
+
+    Attributes:
+      number: which input it is.
+      injected: `S(x, x)`.
+      variance: `K*(x, x)`.
+      variance_error: bound of its error, relative to itself.
+      rate: `J`.
+      rate_error: bound of its error.
+    """
+
+    number: Array
+    injected: Array
+    variance: Array
+    variance_error: Array
+    rate: Array
+    rate_error: Array
+
+
+def gram_error(features: int, dtype) -> float:
+    """Bound of the error of `S(x, x')`, relative to `√(S(x, x) S(x', x'))`."""
+    return (2 + features**0.5) * float(jnp.finfo(dtype).eps)
+
+
+def bound_inputs(
+    activation: Activation,
+    marginal: Callable[[Array], Evaluation],
+    gram_error: float,
+    W_var: Array,
+    injected: Array,
+    variance: Array,
+    residual: Array,
+) -> Inputs:
+    """The inputs with what is not known of them.
+
+    Args:
+      activation: `φ`.
+      marginal: `k -> W_var E[φ²] + S`, with its slope.
+      gram_error: as the function of that name returns it.
+      W_var: `W_std²`.
+      injected: `S(x, x)`, `(n,)`.
+      variance: `K*(x, x)`, likewise.
+      residual: of its equation, likewise.
+    """
+    rounding = _UNITS * float(jnp.finfo(variance.dtype).eps)
+    off = residual + rounding * variance + gram_error * injected
+
+    def largest(fn, relative):
+        ends = (variance * (1 + relative), variance / (1 + relative))
+        return jnp.maximum(*map(fn, ends))
+
+    def slope(k):
+        slope = marginal(k).slope
+        assert slope is not None
+        return slope + rounding
+
+    def rate_at(k):
+        return W_var * activation.dual_diagonal(k)[1]
+
+    first = jnp.minimum(_over(_divided(off, 1 - slope(variance)), variance), 1)
+    error = _over(_divided(off, 1 - largest(slope, first)), variance)
+    rate = rate_at(variance)
+    moved = largest(lambda k: jnp.abs(rate_at(k) - rate), jnp.minimum(error, 1))
+    number = jnp.arange(len(variance))
+    return Inputs(number, injected, variance, error, rate, moved + rounding * rate)
+
+
+def bound_pairs(
+    activation: Activation,
+    series_rtol: float | None,
+    gram_error: float,
+    W_var: Array,
+    inputs1: Inputs,
+    inputs2: Inputs | None,
+    pairs: tuple[Array, Array, Array, Array],
+) -> tuple[Array, Array]:
+    """Returns bounds of the errors of `K*` and of `Θ*`, `(n1, n2)` each.
+
+    Args:
+      activation: `φ`.
+      series_rtol: how exact the angles of `Chebyshev`'s series are; `None` if it was not used.
+      gram_error: as the function of that name returns it.
+      W_var: `W_std²`.
+      inputs1: the first inputs, as `bound_inputs` returns them.
+      inputs2: the second inputs; `None` means that they are the first.
+      pairs: `K*`, `V(K*)`, `V̇(K*)` and the residual, `(n1, n2)` each, as computed.
+    """
+
+    def tile(rows, columns, pairs):
+        found = _tile(activation, series_rtol, gram_error, W_var, rows, columns, pairs)
+        if inputs2 is not None:
+            return found
+        same = rows.number[:, None] == columns.number[None, :]
+        return tuple(jnp.where(same, s[:, None], f) for s, f in zip(_own(rows), found, strict=True))
+
+    columns, mirror = (inputs1, jnp.transpose) if inputs2 is None else (inputs2, None)
+    return by_tiles(tile, inputs1, columns, pairs, mirror)
+
+
+def _over(a: Array, b: Array) -> Array:
+    """`a/b`, and 0 where `b` is 0."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def _divided(a: Array, gap: Array) -> Array:
+    """`a/gap`, and infinity where `gap` is not positive."""
+    return jnp.where(gap > 0, a / jnp.where(gap > 0, gap, 1), jnp.inf)
+
+
+def _own(x: Inputs) -> tuple[Array, Array]:
+    """The bounds where an input meets itself."""
+    nngp_error, gap = x.variance * x.variance_error, 1 - x.rate - x.rate_error
+    return nngp_error, _ntk_error(x.variance, x.rate, nngp_error, x.rate_error, gap)
+
+
+def _ntk_error(covariance, rate, nngp_error, rate_error, gap) -> Array:
+    """The last formula of the module's docstring; `gap` is what `1 - J*` is at least."""
+    ntk = jnp.abs(covariance) / (1 - rate)
+    rounding = _UNITS * float(jnp.finfo(covariance.dtype).eps)
+    return _divided(nngp_error + ntk * rate_error, gap) + rounding * ntk
+
+
+class _Sensitivity(NamedTuple):
+    """What the bounds of a tile of pairs are made of.
+
+    Attributes:
+      off: `ν`, how far from 0 the equation may be.
+      cosine: how far `ρ` may be from what solves the equation as computed.
+      moved_rate: how far `J` may be off because of the variances.
+      spread: `δ ->` how far `J` may be elsewhere in `ρ ± δ`.
+    """
+
+    off: Array
+    cosine: Array | float
+    moved_rate: Array | float
+    spread: Callable[[Array], Array]
+
+
+def _tile(activation, series_rtol, gram_error, W_var, rows, columns, pairs) -> tuple[Array, Array]:
+    """The bounds of pairs of different inputs."""
+    covariance, dual, dual_slope, residual = pairs
+    rounding = _UNITS * float(jnp.finfo(covariance.dtype).eps)
+    s1, k1, error1, rate1, rate_error1 = (a[:, None] for a in rows[1:])
+    s2, k2, error2, rate2, rate_error2 = (a[None, :] for a in columns[1:])
+    scale = jnp.sqrt(k1) * jnp.sqrt(k2)
+    rho, rate = _over(covariance, scale), W_var * dual_slope
+    largest = jnp.sqrt((rate1 + rate_error1) * (rate2 + rate_error2))
+    errors = error1, error2
+    if series_rtol is not None:
+        rtol = max(series_rtol, rounding)
+        found = _of_series(activation, gram_error, rounding, rtol, W_var, rho, dual_slope)
+    else:
+        gram = gram_error * jnp.sqrt(s1) * jnp.sqrt(s2)
+        off = rounding + _over(gram + residual, scale)
+        injected = _over(covariance - W_var * dual, scale)
+        if activation.homogeneous:
+            found = _of_angle(activation, off, W_var, dual_slope, injected, errors)
+        else:
+            variances = k1, k2
+            found = _of_any(activation, off, W_var, rho, rate, injected, variances, errors, largest)
+
+    least = jnp.maximum(1 - largest, 0)
+    delta = jnp.minimum(_divided(found.off, least), 2)
+    gap = jnp.maximum(1 - rate - rounding - found.moved_rate - found.spread(delta), least)
+    delta = jnp.minimum(_divided(found.off, gap), delta)
+    of_scale = jnp.abs(rho) * (error1 + error2) / 2
+    nngp_error = scale * jnp.minimum(delta + found.cosine + of_scale, 2)
+    rate_error = rounding + found.moved_rate + found.spread(delta)
+    gap = jnp.maximum(1 - rate - rate_error, least)
+    return nngp_error, _ntk_error(covariance, rate, nngp_error, rate_error, gap)
+
+
+def _of_angle(activation, off, W_var, dual_slope, injected, errors) -> _Sensitivity:
+    """Of a homogeneous `φ`, where `g` depends on the variances by `S/√(k k')` alone."""
+    _, bend = homogeneous(activation, W_var)
+    versine = 1 - jnp.cos(_angle(activation, W_var, dual_slope))
+
+    def spread(delta):
+        return W_var * bend / jnp.pi * _angle_error(versine, delta)
+
+    return _Sensitivity(off + jnp.abs(injected) * sum(errors) / 2, 0.0, 0.0, spread)
+
+
+def _of_series(activation, gram_error, rounding, rtol, W_var, rho, dual_slope) -> _Sensitivity:
+    """Of the series, which solves `y + ω M(α) = 1 - r` with `y = 1 - ρ` without the variances.
+
+    `r` is the correlation of the inputs. `1 - a` times this equation is `g = 0`.
+    """
+    moment, bend = homogeneous(activation, W_var)
+    angle = _angle(activation, W_var, dual_slope)
+    versine = jnp.where(bend == 0, 1 - rho, 2 * sine(angle / 2) ** 2)
+    gap = 1 - W_var * moment
+    bent = W_var * bend * arc_moment(angle)
+    chord = jnp.sqrt(2 * (versine + bent / gap))
+    near = chord * chord <= NEAR * float(jnp.finfo(chord.dtype).eps)
+    of_correlation = jnp.where(near, chord * (gram_error + rounding), 2 * gram_error + rounding)
+
+    def spread(delta):
+        return W_var * bend / jnp.pi * _angle_error(versine, delta)
+
+    off = gap * of_correlation + bent * rounding / gap
+    cosine, moved_rate = rounding + 2 * rtol * versine, W_var * bend / jnp.pi * angle * rtol
+    return _Sensitivity(off, cosine, moved_rate, spread)
+
+
+def _angle(activation, W_var, dual_slope) -> Array:
+    """The angle `α` between two states, of which `V̇` is a linear function."""
+    moment, bend = homogeneous(activation, W_var)
+    angle = (moment - dual_slope) * (jnp.pi / jnp.where(bend == 0, 1, bend))
+    return jnp.clip(angle, 0, jnp.pi)
+
+
+def _angle_error(versine: Array, delta: Array) -> Array:
+    """How far `α = arccos(1 - y)` may move where `y` moves by `delta`.
+
+    `dα/dy = 1/√(y(2 - y))`; and `α` is concave up to its middle, so that it moves by no more than
+    from 0.
+    """
+    anywhere = jnp.sqrt(delta) * float(jnp.pi / 2**0.5)
+    side = jnp.minimum(versine, 2 - versine) - delta
+    beside = delta / jnp.sqrt(jnp.where(side > 0, side * (2 - side), 1))
+    return jnp.where(side > 0, jnp.minimum(anywhere, beside), anywhere)
+
+
+def _of_any(
+    activation, off, W_var, rho, rate, injected, variances, errors, largest
+) -> _Sensitivity:
+    """Of any `φ`, by moving what is not known to the ends of its range."""
+    k1, k2 = variances
+    scale = jnp.sqrt(k1) * jnp.sqrt(k2)
+    up1, up2 = (1 + jnp.minimum(error, 1) for error in errors)
+
+    def move(up2):  # at the same ρ
+        factor = jnp.sqrt(up1) * jnp.sqrt(up2)
+        dual, slope = activation.dual(k1 * up1, k2 * up2, rho * scale * factor)
+        equation = (W_var * _over(dual, scale) + injected) / factor - rho
+        return jnp.abs(equation), jnp.abs(W_var * slope - rate)
+
+    moved_off, moved_rate = (
+        jnp.maximum(*ends) for ends in zip(move(up2), move(1 / up2), strict=True)
+    )
+
+    def spread(delta):
+        # An evaluation rounds ρ itself and, beside ±1, where J may bend sharply, beyond them.
+        delta = jnp.maximum(delta, 4 * _UNITS * float(jnp.finfo(rho.dtype).eps))
+        ends = (jnp.clip(rho + way * delta, -1, 1) * scale for way in (1, -1))
+        moved = jnp.maximum(*(jnp.abs(W_var * activation.dual(k1, k2, c)[1] - rate) for c in ends))
+        return jnp.where(jnp.abs(rho) + delta >= 1, jnp.maximum(moved, largest - rate), moved)
+
+    return _Sensitivity(off + moved_off, 0.0, moved_rate, spread)
