@@ -41,7 +41,7 @@ test-jax-%: .venvs/jax-%/.ready
 
 # Random problems against the bounds of the kernels' errors: the table of docs/precision.md.
 attack: .venv/.ready
-	$(KEPT) $(RUN) tests.kernels.attack
+	$(KEPT) .venv/bin/python tests/kernels/attack.py
 
 lint: .venv/.types
 	$(RUN) ruff check

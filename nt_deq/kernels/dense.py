@@ -152,8 +152,8 @@ def deq_kernel(
     ):
         return solution
     with enable_x64(True):
-        x1, x2 = (None if x is None else x.astype(np.float64) for x in (x1, x2))
-        return _rounded(solve(x1, x2)[0])
+        others = None if x2 is None else x2.astype(np.float64)
+        return _rounded(solve(x1.astype(np.float64), others)[0])
 
 
 def dense_solver(solver: Solver | None, activation: Activation) -> Solver:
