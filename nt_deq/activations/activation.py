@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from types import MappingProxyType
-from typing import Any
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ from nt_deq._checks import is_traced
 from nt_deq.activations import closed_forms, hermite
 from nt_deq.activations.closed_forms import Moments
 from nt_deq.errors import ArgumentError
+
+T = TypeVar("T")
 
 _MODULES = ("jax.nn", "jax.numpy", "jax.scipy.special", "jax.lax")  # where JAX has its functions
 
@@ -75,14 +77,18 @@ class Activation:
         return Activation, tuple(getattr(self, each.name) for each in fields(self))
 
 
+Phi = str | Activation | Callable[[Array], Array]
+"""What `get_activation` takes: a name, an `Activation`, or an elementwise function."""
+
+
 @dataclass(frozen=True)
-class Formula:
+class Formula(Generic[T]):
     """A function with its first arguments given, equal to another one of the same."""
 
-    function: Callable[..., Any]
+    function: Callable[..., T]
     parameters: tuple[Hashable, ...]
 
-    def __call__(self, *args: Array) -> Any:
+    def __call__(self, *args: Array) -> T:
         """Evaluates it."""
         return self.function(*self.parameters, *args)
 
@@ -141,7 +147,7 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
 )
 
 
-def get_activation(activation: str | Activation | Callable[[Array], Array]) -> Activation:
+def get_activation(activation: Phi) -> Activation:
     """Returns the `Activation` that a name, an `Activation` or a function stands for.
 
     An elementwise JAX function that has the values of one of `nt_deq.activations`, as `jax.nn.relu`

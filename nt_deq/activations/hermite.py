@@ -176,7 +176,7 @@ def _dual(f, g, k1, k2, c):
 
 def _within(limits: np.ndarray, k: Array) -> Array:
     """Variances, and NaN beyond those for which the series is known."""
-    return jnp.where(k <= limits[-1], k, jnp.nan)
+    return jnp.where(k <= jnp.asarray(limits[-1], k.dtype), k, jnp.nan)
 
 
 def _terms(series: list[Expansion], k1: Array, k2: Array, dtype) -> _Terms:
@@ -184,10 +184,12 @@ def _terms(series: list[Expansion], k1: Array, k2: Array, dtype) -> _Terms:
 
     Two functions whose degrees differ, as an even and an odd one, have all degrees in common.
     """
-    needed = (
-        jnp.max(jnp.sum(k[..., None] > jnp.asarray(e.limits[:-1], dtype), axis=-1), initial=0)
-        for e, k in zip(series, (k1, k2), strict=True)
-    )
+
+    def chunks_of(e, k):
+        limits = jnp.expand_dims(jnp.asarray(e.limits[:-1], dtype), range(k.ndim))
+        return jnp.max(jnp.sum(k[..., None] > limits, axis=-1), initial=0)
+
+    needed = map(chunks_of, series, (k1, k2))
     chunks, most = 1 + jnp.maximum(*needed), max(len(e.limits) for e in series)
     (start, stride), other = ((e.start, e.stride) for e in series)
     if (start, stride) == other:

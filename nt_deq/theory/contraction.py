@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
 from nt_deq import _checks
-from nt_deq.activations import Activation, get_activation
+from nt_deq.activations import Phi, get_activation
 from nt_deq.fixed_point import Picard
 from nt_deq.kernels.dense import deq_kernel, marginal_map
 from nt_deq.typing import Real
-
-Phi = str | Activation | Callable[[Array], Array]
 
 
 def global_contraction(W_std: Real, activation: Phi = "relu") -> Real:
@@ -61,12 +58,12 @@ def local_contraction(
       `J`, `(n,)`; at 1 and above there is no stable equilibrium. NaN where the variance of `z^l`
       has no limit at which `J` is known, and the network none either.
     """
-    options: Any = {"W_std": W_std, "U_std": U_std, "b_std": b_std, "activation": activation}
+    solve = partial(deq_kernel, W_std=W_std, U_std=U_std, b_std=b_std, activation=activation)
 
     def rate(row):
-        stable = deq_kernel(row[None], **options)
+        stable = solve(row[None])
         # Newton's method may leave for infinity where J > 1; plain iteration does not.
-        iterated = deq_kernel(row[None], **options, solver=Picard(max_steps=10_000)).rate
+        iterated = solve(row[None], solver=Picard(max_steps=10_000)).rate
         unstable = jnp.where(iterated >= 1, iterated, jnp.nan)
         return jnp.where(stable.converged[0, 0], stable.rate, unstable)
 

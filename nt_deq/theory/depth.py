@@ -13,10 +13,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
 from nt_deq import _checks
-from nt_deq.activations import get_activation
+from nt_deq.activations import Phi, get_activation
 from nt_deq.errors import ArgumentError
 from nt_deq.kernels.dense import multiply
-from nt_deq.theory.contraction import Phi
 from nt_deq.typing import Real
 
 
