@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import neural_tangents as nt
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Bool, Float, Int, PyTree
 
 from nt_deq.fixed_point.anderson import Anderson
 from nt_deq.fixed_point.implicit import (
@@ -52,15 +53,15 @@ class Rates(NamedTuple):
       steps: its evaluations, a scalar.
     """
 
-    injected: Array
-    rate: Array
-    jumps: Array
-    converged: Array
-    residual: Array
-    steps: Array
+    injected: Float[Array, " n"]
+    rate: Float[Array, " n"]
+    jumps: Bool[Array, " n"]
+    converged: Bool[Array, " n"]
+    residual: Float[Array, " n"]
+    steps: Int[Array, ""]
 
     @property
-    def stable(self) -> Array:
+    def stable(self) -> Bool[Array, " n"]:
         """Whether the input has an equilibrium, and the solver found it."""
         return self.converged & (self.rate < 1 - rounding(self.rate.dtype)) & ~self.jumps
 
@@ -78,8 +79,8 @@ class CellSolution(NamedTuple):
     kernel: nt.Kernel
     rates1: Rates
     rates2: Rates
-    converged: Array
-    steps: Array
+    converged: Bool[Array, "n1 n2"]
+    steps: Int[Array, ""]
 
 
 def solve_cell(kernel_map: KernelMap, inject: nt.Kernel, solver: Solver | None) -> CellSolution:
@@ -229,7 +230,9 @@ def _rates(cell, slim, cov) -> tuple[Array, Array]:
     return jax.vmap(rate, in_axes=(0, None if mask is None else 0))(cov, mask)
 
 
-def large_rates(kernel_map: KernelMap, inject: nt.Kernel) -> tuple[Array, Array]:
+def large_rates(
+    kernel_map: KernelMap, inject: nt.Kernel
+) -> tuple[Float[Array, " n1"], Float[Array, " n2"]]:
     """The rates of the first and of the second inputs, at 10⁶ times the variances of `inject`.
 
     An equilibrium that a solver did not reach does not exist where they are 1 or more.
@@ -364,7 +367,7 @@ def _flat(blocks: Array) -> Array:
     return blocks.reshape(*blocks.shape[:2], -1)
 
 
-def _block_layer(channel, k, injected, exists) -> tuple[Callable, Any]:
+def _block_layer(channel, k, injected, exists) -> tuple[Callable[[Array, PyTree], Array], PyTree]:
     """`y = channel(y, k) + injected` of flat blocks, and its arguments."""
     channel, closed_over = jax.closure_convert(channel, injected, k)
     return partial(_apply_to_blocks, channel), (k, injected, exists, closed_over)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import neural_tangents as nt
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from nt_deq.errors import ArgumentError
+from nt_deq.kernels.cell import KernelMap
+from nt_deq.typing import ApplyFn, InitFn
 
 
-def check_shape(found: Sequence[int], expected: Sequence[int]) -> None:
+def check_shape(found: Sequence[int | np.integer], expected: Sequence[int | np.integer]) -> None:
     """Raises unless the cell gives back the shape that it gets."""
     if tuple(found) != tuple(expected):
         raise ArgumentError(
@@ -24,7 +26,7 @@ def check_shape(found: Sequence[int], expected: Sequence[int]) -> None:
         )
 
 
-def check_gaussian(kernel_fn: Any, inject: Any) -> None:
+def check_gaussian(kernel_fn: KernelMap, inject: nt.Kernel) -> None:
     """Raises unless `inject(x)` and the cell's output are Gaussian, and of one shape."""
     if not inject.is_gaussian:
         raise ArgumentError(
@@ -32,6 +34,7 @@ def check_gaussian(kernel_fn: Any, inject: Any) -> None:
             "not Gaussian; end it in one, for example stax.serial(..., stax.Dense(width))."
         )
     out = jax.eval_shape(kernel_fn, inject)
+    assert inject.shape1 is not None
     check_shape(out.shape1, inject.shape1)
     if not out.is_gaussian:
         raise ArgumentError(
@@ -41,7 +44,7 @@ def check_gaussian(kernel_fn: Any, inject: Any) -> None:
         )
 
 
-def check_no_bypass(init_fn: Any, apply_fn: Any, shape: tuple[int, ...]) -> None:
+def check_no_bypass(init_fn: InitFn, apply_fn: ApplyFn, shape: tuple[int, ...]) -> None:
     """Raises if the output depends on the input when all weights are zero.
 
     Args:

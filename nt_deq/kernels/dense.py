@@ -16,7 +16,6 @@ correlation of the inputs, and a series (`nt_deq.Chebyshev`) takes the place of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -24,10 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int, Num
 
 from nt_deq import _checks
 from nt_deq._bridges import enable_x64
-from nt_deq.activations import Activation, get_activation
+from nt_deq.activations import Activation, Phi, get_activation
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.implicit import implicit_entries, keep
 from nt_deq.fixed_point.newton import Newton
@@ -44,6 +45,7 @@ from nt_deq.kernels.diagnosis import raise_unless_solved
 from nt_deq.kernels.error_bounds import bound_inputs, bound_pairs, gram_error
 from nt_deq.kernels.series import NEAR, Chebyshev, arc_moment, homogeneous, sine
 from nt_deq.kernels.tiles import by_tiles
+from nt_deq.typing import Real
 
 
 class KernelSolution(NamedTuple):
@@ -61,14 +63,14 @@ class KernelSolution(NamedTuple):
       converged: `(n1, n2)`, whether the entry of `nngp` and `ntk` is a number (where not, NaN).
     """
 
-    nngp: Array
-    ntk: Array
-    steps: Array
-    residual: Array
-    rate: Array
-    nngp_error: Array
-    ntk_error: Array
-    converged: Array
+    nngp: Float[Array, "n1 n2"]
+    ntk: Float[Array, "n1 n2"]
+    steps: Int[Array, ""]
+    residual: Float[Array, "n1 n2"]
+    rate: Float[Array, ""]
+    nngp_error: Float[Array, "n1 n2"]
+    ntk_error: Float[Array, "n1 n2"]
+    converged: Bool[Array, "n1 n2"]
 
     def __repr__(self):
         """Four lines instead of as many numbers as there are pairs."""
@@ -92,13 +94,13 @@ class KernelSolution(NamedTuple):
 
 
 def deq_kernel(
-    x1: Array,
-    x2: Array | None = None,
+    x1: Num[ArrayLike, "n1 d"],
+    x2: Num[ArrayLike, "n2 d"] | None = None,
     *,
-    W_std: float | Array,
-    U_std: float | Array = 1.0,
-    b_std: float | Array = 0.0,
-    activation: str | Activation | Callable[[Array], Array] = "relu",
+    W_std: Real,
+    U_std: Real = 1.0,
+    b_std: Real = 0.0,
+    activation: Phi = "relu",
     solver: Solver | None = None,
 ) -> KernelSolution:
     """Computes the NNGP kernel and the NTK of the equilibrium `z*` of an infinitely wide DEQ.
@@ -131,15 +133,15 @@ def deq_kernel(
       NotConvergedError: `solver.max_steps` was too few (traced: likewise).
       ValueError, TypeError: an argument cannot be right; the message says why.
     """
-    activation = get_activation(activation)
-    solver = dense_solver(solver, activation)
+    phi = get_activation(activation)
+    solver = dense_solver(solver, phi)
     _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=b_std)
     x1, x2 = _checks.input_pair(x1, x2)
 
     def solve(x1, x2):
         stds = (jnp.asarray(std, x1.dtype) for std in (W_std, U_std, b_std))
-        solution, marginals = _solve(activation, solver, *stds, x1, x2)
-        raise_unless_solved(activation, solver, W_std, solution.converged, *marginals)
+        solution, marginals = _solve(phi, solver, *stds, x1, x2)
+        raise_unless_solved(phi, solver, W_std, solution.converged, *marginals)
         return solution, marginals
 
     solution, marginals = solve(x1, x2)
@@ -186,10 +188,12 @@ class Injection(NamedTuple):
         comes about: its entries are then computed where they are needed instead of being kept.
     """
 
-    variance1: Array
-    variance2: Array | None
-    covariance: Array
-    factors: tuple[Array, Array, Array, Array] | None = None
+    variance1: Float[Array, " n1"]
+    variance2: Float[Array, " n2"] | None
+    covariance: Float[Array, "n1 n2"]
+    factors: (
+        tuple[Float[Array, "n1 d"], Float[Array, "n2 d"], Float[Array, ""], Float[Array, ""]] | None
+    ) = None
 
 
 class Marginals(NamedTuple):
@@ -205,11 +209,11 @@ class Marginals(NamedTuple):
       root: what the solver found, be it an equilibrium or not.
     """
 
-    variance: Array
-    dual: Array
-    dual_slope: Array
-    exists: Array
-    rate: Array
+    variance: Float[Array, " n"]
+    dual: Float[Array, " n"]
+    dual_slope: Float[Array, " n"]
+    exists: Bool[Array, " n"]
+    rate: Float[Array, " n"]
     root: Solution
 
 
@@ -228,12 +232,12 @@ class Equilibrium(NamedTuple):
 
     marginals1: Marginals
     marginals2: Marginals
-    covariance: Array
-    dual: Array
-    dual_slope: Array
-    solved: Array
-    residual: Array
-    steps: Array
+    covariance: Float[Array, "n1 n2"]
+    dual: Float[Array, "n1 n2"]
+    dual_slope: Float[Array, "n1 n2"]
+    solved: Bool[Array, "n1 n2"]
+    residual: Float[Array, "n1 n2"]
+    steps: Int[Array, ""]
 
 
 @jax.jit
@@ -290,7 +294,7 @@ def _solve(activation, solver, W_std, U_std, b_std, x1, x2):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def solve_equilibrium(
-    activation: Activation, solver: Solver, W_var: Array, injection: Injection
+    activation: Activation, solver: Solver, W_var: Float[Array, ""], injection: Injection
 ) -> Equilibrium:
     """Solves `K* = W_var V(K*) + S`: the diagonal, then the pairs.
 
@@ -315,7 +319,11 @@ def solve_equilibrium(
     return Equilibrium(first, second, covariance, dual, dual_slope, solved, residual, steps)
 
 
-def marginal_map(activation: Activation, k: Array, args: tuple[Array, Array]) -> Evaluation:
+def marginal_map(
+    activation: Activation,
+    k: Float[Array, "*shape"],
+    args: tuple[Float[Array, ""], Float[Array, "*shape"]],
+) -> Evaluation:
     """`W_var E[φ(u)²] + s` for `u ~ N(0, k)`, of `args = (W_var, s)`; its scale is `k`."""
     W_var, s = args
     # Not V̇: the variance moves both arguments of E[φ(u)φ(u')], so the slope is E[φ'² + φφ''].
@@ -381,7 +389,7 @@ def _solve_pairs(activation, solver, W_var, injection, first, second):
     return by_tiles(tile, rows, columns, s12 if factors is None else None, mirror)
 
 
-def multiply(x1: Array, x2: Array) -> Array:
+def multiply(x1: Float[Array, "n1 d"], x2: Float[Array, "n2 d"]) -> Float[Array, "n1 n2"]:
     """`x1 x2ᵀ` in full: the default of a TPU or a recent GPU would keep 8 or 11 bits."""
     return jnp.matmul(x1, x2.T, precision=lax.Precision.HIGHEST)
 

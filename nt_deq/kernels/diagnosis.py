@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float
 
 from nt_deq import _checks
 from nt_deq.activations import Activation
 from nt_deq.errors import ArgumentError, NoEquilibriumError, NotConvergedError
 from nt_deq.fixed_point.solver import Solver
+from nt_deq.typing import Real
 
 if TYPE_CHECKING:
     from nt_deq.kernels.cell import CellSolution
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 def raise_unless_solved(
     activation: Activation,
     solver: Solver,
-    W_std: float | Array,
-    converged: Array,
+    W_std: Real,
+    converged: Bool[Array, "n1 n2"],
     marginals1: Marginals,
     marginals2: Marginals,
 ) -> None:
@@ -94,7 +96,8 @@ def _rate_of_large(activation, W_std, k, dtype) -> float:
 
 
 def raise_unless_cell_solved(
-    solution: CellSolution, large_rates: Callable[[], tuple[Array, Array]]
+    solution: CellSolution,
+    large_rates: Callable[[], tuple[Float[Array, " n1"], Float[Array, " n2"]]],
 ) -> None:
     """The same of `stax.FixedPoint`; `large_rates` gives the rates where variances are large."""
     _, rates1, rates2, converged, steps = solution

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Bool, Float, Int
 
 from nt_deq.activations import Activation
 from nt_deq.fixed_point.newton import Newton
@@ -29,13 +30,13 @@ def homogeneous(activation: Activation, W_var: Array) -> tuple[Array, Array]:
 class Series(NamedTuple):
     """`α/x = Σ cₖ Tₖ((t - centre)/half)`, `t = log((x + left)/(2 - x + right))`, of one `ω`."""
 
-    omega: Array
-    left: Array
-    right: Array
-    centre: Array
-    half: Array
-    coefficients: Array
-    accurate: Array
+    omega: Float[Array, ""]
+    left: Float[Array, ""]
+    right: Float[Array, ""]
+    centre: Float[Array, ""]
+    half: Float[Array, ""]
+    coefficients: Float[Array, " degree"]
+    accurate: Bool[Array, ""]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Chebyshev(Newton):
     method. Not for other activations, nor for other layers than `stax.DEQ`.
     """
 
-    def series(self, omega: Array) -> Series:
+    def series(self, omega: Float[Array, ""]) -> Series:
         """Expands `α/x`, as a function of `x`, for `ω >= 0`, a scalar."""
         dtype = omega.dtype
         floor = rounding(dtype)
@@ -84,7 +85,9 @@ class Chebyshev(Newton):
         tail = jnp.sum(jnp.abs(coefficients[degree:])) / jnp.min(values)
         return Series(omega, left, right, centre, half, coefficients[:degree], tail <= tol)
 
-    def angles(self, series: Series, chord: Array) -> tuple[Array, Array]:
+    def angles(
+        self, series: Series, chord: Float[Array, "*shape"]
+    ) -> tuple[Float[Array, "*shape"], Int[Array, ""]]:
         """Solves `1 - cos α + ω M(α) = x²/2` for `α` in [0, π].
 
         Args:
@@ -126,13 +129,13 @@ class Chebyshev(Newton):
         return angle, last - first
 
 
-def sine(angle: Array) -> Array:
+def sine(angle: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`sin α` for `α` in [0, π/2] by its Taylor series, which fuses where a call does not."""
     terms = [(-1) ** k / math.factorial(2 * k + 1) for k in range(_terms(angle, 6, 11))]
     return angle * _polynomial(terms, angle * angle)
 
 
-def arc_moment(angle: Array) -> Array:
+def arc_moment(angle: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`M(α) = (sin α - α cos α)/π` for `α` in [0, π], without its cancellation near 0."""
     terms = [
         (-1) ** k * (2 * k + 2) / math.factorial(2 * k + 3) / math.pi

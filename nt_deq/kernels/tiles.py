@@ -11,24 +11,24 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import PyTree, Shaped
 
 # A core's cache holds what a step needs of so many entries squared; an accelerator wants more.
 _SIDE_ON_CPU, _SIDE = 256, 4096
 
 
 def by_tiles(
-    fn: Callable[[Any, Any, Any], Any],
-    rows: Any,
-    columns: Any,
-    pairs: Any,
+    fn: Callable[[PyTree, PyTree, PyTree], PyTree],
+    rows: PyTree[Shaped[Array, "n1 ..."]],
+    columns: PyTree[Shaped[Array, "n2 ..."]],
+    pairs: PyTree[Shaped[Array, "n1 n2 ..."]],
     mirror: Callable[[Array], Array] | None,
-) -> Any:
+) -> PyTree[Array]:
     """`fn(rows, columns, pairs)` for an `fn` whose pairs are independent of each other.
 
     Args:
