@@ -13,21 +13,28 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from itertools import product
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.core
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import Literal, Primitive
+from jax.extend.core import Jaxpr, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
+from jaxtyping import Float, PyTree
 
-Padding = tuple[tuple[int, int], ...]  # before and after, of each spatial axis
+_T = TypeVar("_T")
+
+Precision: TypeAlias = lax.Precision | tuple[lax.Precision, lax.Precision] | None
+Padding: TypeAlias = tuple[tuple[int, int], ...]  # before and after, of each spatial axis
 
 
 def convolve(
-    x: Array, W: Array, padding: Sequence[tuple[int, int]], precision: Any = lax.Precision.HIGHEST
-) -> Array:
+    x: Float[Array, "batch *_ in_features"],
+    W: Float[Array, "*_ in_features out_features"],
+    padding: Sequence[tuple[int, int]],
+    precision: Precision = lax.Precision.HIGHEST,
+) -> Float[Array, "batch *_ out_features"]:
     """`y(p) = Σ_q x(p + q - before) W(q)`, with zeros around `x`.
 
     Differentiable in both, to any order, in forward and in reverse mode.
@@ -41,7 +48,7 @@ def convolve(
     return _convolve.bind(x, W, padding=tuple(padding), precision=precision)
 
 
-def with_fast_transposes(fn: Callable[..., Any]) -> Callable[..., Any]:
+def with_fast_transposes(fn: Callable[..., _T]) -> Callable[..., _T]:
     """`fn`, with `convolve` for its convolutions of stride 1; the same values.
 
     Those within loops and custom derivatives of `fn` stay as they are.
@@ -55,7 +62,7 @@ def with_fast_transposes(fn: Callable[..., Any]) -> Callable[..., Any]:
     return changed
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def _evaluate(jaxpr: Jaxpr, consts: Sequence[PyTree], args: Sequence[PyTree]) -> list[PyTree]:
     """Runs the equations of a jaxpr, as `jax.core.eval_jaxpr` does, but for convolutions."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
@@ -79,7 +86,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[An
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _is_plain(params: dict[str, Any], W: Any) -> bool:
+def _is_plain(params: dict[str, PyTree], W: Array) -> bool:
     """Whether a convolution of lax with these parameters is one of `convolve`."""
     sizes = [W.shape[axis] for axis in params["dimension_numbers"].rhs_spec[2:]]
     strides = (*params["window_strides"], *params["lhs_dilation"], *params["rhs_dilation"])
@@ -96,7 +103,7 @@ def _is_plain(params: dict[str, Any], W: Any) -> bool:
     )
 
 
-def _replaced(x: Array, W: Array, params: dict[str, Any]) -> Array:
+def _replaced(x: Array, W: Array, params: dict[str, PyTree]) -> Array:
     """The same by `convolve`."""
     numbers = params["dimension_numbers"]
     batch, features, *space = numbers.lhs_spec
@@ -111,7 +118,7 @@ def _replaced(x: Array, W: Array, params: dict[str, Any]) -> Array:
     return jnp.moveaxis(y, range(y.ndim), (batch, *space, features))
 
 
-def _forward(x: Array, W: Array, *, padding: Padding, precision: Any) -> Array:
+def _forward(x: Array, W: Array, *, padding: Padding, precision: Precision) -> Array:
     space = "DHW"[: len(padding)]
     return lax.conv_general_dilated(
         x,
@@ -123,7 +130,7 @@ def _forward(x: Array, W: Array, *, padding: Padding, precision: Any) -> Array:
     )
 
 
-def _by_taps(x: Array, W: Array, *, padding: Padding, precision: Any) -> Array:
+def _by_taps(x: Array, W: Array, *, padding: Padding, precision: Precision) -> Array:
     """The same as a sum of matrix products, which vectorises over filters too."""
     product_precision = precision[0] if isinstance(precision, tuple) else precision
     padded = jnp.pad(x, [(0, 0), *padding, (0, 0)])
@@ -139,7 +146,7 @@ def _by_taps(x: Array, W: Array, *, padding: Padding, precision: Any) -> Array:
     return reduce(jnp.add, [tap(*start) for start in product(*map(range, sizes))])
 
 
-def _transpose_x(cotangent: Array, x, W: Array, *, padding: Padding, precision: Any) -> Array:
+def _transpose_x(cotangent: Array, x, W: Array, *, padding: Padding, precision: Precision) -> Array:
     """The derivative by `x`: a convolution with the reversed filter."""
     del x
     flipped = jnp.swapaxes(jnp.flip(W, range(W.ndim - 2)), -2, -1)
@@ -150,7 +157,7 @@ def _transpose_x(cotangent: Array, x, W: Array, *, padding: Padding, precision: 
     return convolve(cotangent, flipped, around, precision)
 
 
-def _transpose_W(cotangent: Array, x: Array, W, *, padding: Padding, precision: Any) -> Array:
+def _transpose_W(cotangent: Array, x: Array, W, *, padding: Padding, precision: Precision) -> Array:
     """The derivative by the filter: a convolution with the cotangent, of the batch for channels."""
     del W
     x, cotangent = jnp.swapaxes(x, 0, -1), jnp.moveaxis(cotangent, 0, -2)

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, PyTree
 
 from nt_deq import _checks
 from nt_deq.convolution import with_fast_transposes
@@ -23,7 +24,7 @@ from nt_deq.fixed_point.solver import Solution, Solver, check_solver, network_ro
 OnFailure = Literal["raise", "nan", "best"] | None
 """What becomes of a sample without an equilibrium: see `equilibrium`."""
 
-Layer = Callable[[Array, Any], Array]
+Layer: TypeAlias = Callable[[Array, PyTree], Array]
 
 
 class Adjoint(abc.ABC):
@@ -33,8 +34,8 @@ class Adjoint(abc.ABC):
     def solve(
         self,
         layer: Layer,
-        z0: Array,
-        args: Any,
+        z0: Float[Array, "batch size"],
+        args: PyTree,
         find: Callable[[], Solution],
         solver: Solver,
         on_failure: OnFailure,
@@ -66,7 +67,15 @@ class ImplicitAdjoint(Adjoint):
     def __post_init__(self):
         check_solver(self.solver)
 
-    def solve(self, layer, z0, args, find, solver, on_failure):
+    def solve(
+        self,
+        layer: Layer,
+        z0: Float[Array, "batch size"],
+        args: PyTree,
+        find: Callable[[], Solution],
+        solver: Solver,
+        on_failure: OnFailure,
+    ) -> Solution:
         """What the solver finds, with the derivative of an equilibrium."""
         del z0
         solution = find()
@@ -115,7 +124,15 @@ class PhantomAdjoint(Adjoint):
         _checks.count("steps", self.steps)
         Picard(damping=self.damping)
 
-    def solve(self, layer, z0, args, find, solver, on_failure):
+    def solve(
+        self,
+        layer: Layer,
+        z0: Float[Array, "batch size"],
+        args: PyTree,
+        find: Callable[[], Solution],
+        solver: Solver,
+        on_failure: OnFailure,
+    ) -> Solution:
         """What the solver finds, with the derivative of the steps from there."""
         del z0, solver, on_failure  # nothing is solved
         solution = find()
@@ -142,7 +159,15 @@ class UnrolledAdjoint(Adjoint):
     def __post_init__(self):
         _checks.count("steps", self.steps)
 
-    def solve(self, layer, z0, args, find, solver, on_failure):
+    def solve(
+        self,
+        layer: Layer,
+        z0: Float[Array, "batch size"],
+        args: PyTree,
+        find: Callable[[], Solution],
+        solver: Solver,
+        on_failure: OnFailure,
+    ) -> Solution:
         """The last iterate."""
         del find, on_failure
         if type(solver) is not Picard:
@@ -171,7 +196,7 @@ def check_on_failure(on_failure: OnFailure) -> None:
         raise ArgumentError(f"on_failure={on_failure!r} must be one of {known}, or None.")
 
 
-def _repeat(layer: Layer, damping: float, steps: int, z: Array, args: Any) -> Array:
+def _repeat(layer: Layer, damping: float, steps: int, z: Array, args: PyTree) -> Array:
     def step(z, _):
         return z + (1 - damping) * (layer(z, args) - z), None
 

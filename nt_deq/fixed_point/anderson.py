@@ -7,10 +7,11 @@ from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Int
 
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.picard import Picard
-from nt_deq.fixed_point.solver import dot, norm
+from nt_deq.fixed_point.solver import Bounds, Evaluation, dot, norm
 
 GROWTH = 10  # of the residual in one step, at which accelerations forget what they know
 
@@ -26,13 +27,13 @@ class History(NamedTuple):
       step: how many there were.
     """
 
-    values: Array
-    residuals: Array
-    gram: Array
-    value: Array
-    residual: Array
-    norm: Array
-    step: Array
+    values: Float[Array, "window *batch size"]
+    residuals: Float[Array, "window *batch size"]
+    gram: Float[Array, "window window *batch"]
+    value: Float[Array, "*batch size"]
+    residual: Float[Array, "*batch size"]
+    norm: Float[Array, "*batch"]
+    step: Int[Array, ""]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Anderson(Picard):
                 f"Anderson(angle={self.angle}): angle is a sine and must lie in (0, 1)."
             )
 
-    def start(self, y, bounds):
+    def start(self, y: Float[Array, "*samples"], bounds: Bounds | None) -> History:
         """No differences; any residual has grown from the norm -1."""
         del bounds
         empty = jnp.zeros((self.window, *y.shape), y.dtype)
@@ -79,13 +80,19 @@ class Anderson(Picard):
         grown = jnp.full(y.shape[:-1], -1, y.dtype)
         return History(empty, empty, gram, y, y, grown, jnp.zeros((), jnp.int32))
 
-    def propose(self, y, found, norm, memory):
+    def propose(
+        self,
+        y: Float[Array, "*samples"],
+        found: Evaluation,
+        norm: Float[Array, "*batch"],
+        memory: History,
+    ) -> tuple[Float[Array, "*samples"], History]:
         """The damped step, less what the differences explain of the residual."""
         history = self._remember(y, found.value - y, norm, memory)
         unit = history.residual / jnp.where(norm > 0, norm, 1)[..., None]
         along = self._newest_first(_products(history.residuals, unit), history.step)
         weights = _least_squares(history.gram, along, self.angle)
-        weights = self._by_slot(weights, history.step) * norm
+        weights = self._by_slot(weights, history.step) * norm[None]
         explained = sum(
             w[..., None] * value for w, value in zip(weights, history.values, strict=True)
         )
@@ -107,7 +114,7 @@ class Anderson(Picard):
         # Shifted by one, with the products of the newest in front, and nothing where forgotten.
         count = memory.step + 1
         row = self._newest_first(_products(residuals, difference), count)
-        gram = jnp.where(size <= GROWTH * memory.norm, memory.gram[:-1, :-1], 0)
+        gram = jnp.where((size <= GROWTH * memory.norm)[None, None], memory.gram[:-1, :-1], 0)
         known = jnp.stack([kept, *(gram[i, i] > 0 for i in range(self.window - 1))])
         row = jnp.where(known, row, 0)
         gram = jnp.concatenate([row[1:, None], gram], axis=1)

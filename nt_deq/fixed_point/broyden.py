@@ -7,11 +7,12 @@ from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.anderson import GROWTH
 from nt_deq.fixed_point.picard import Picard
-from nt_deq.fixed_point.solver import dot, norm
+from nt_deq.fixed_point.solver import Bounds, Evaluation, dot, norm
 
 
 class InverseJacobian(NamedTuple):
@@ -22,11 +23,11 @@ class InverseJacobian(NamedTuple):
       y, residual, norm: the last ones.
     """
 
-    left: Array
-    right: Array
-    y: Array
-    residual: Array
-    norm: Array
+    left: Float[Array, "terms *batch size"]
+    right: Float[Array, "terms *batch size"]
+    y: Float[Array, "*batch size"]
+    residual: Float[Array, "*batch size"]
+    norm: Float[Array, "*batch"]
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,19 @@ class Broyden(Picard):
                 f"Broyden(terms={self.terms!r}): terms must be an integer from 1 to 100."
             )
 
-    def start(self, y, bounds):
+    def start(self, y: Float[Array, "*samples"], bounds: Bounds | None) -> InverseJacobian:
         """No terms; any residual has grown from the norm -1."""
         del bounds
         empty = jnp.zeros((self.terms, *y.shape), y.dtype)
         return InverseJacobian(empty, empty, y, y, jnp.full(y.shape[:-1], -1, y.dtype))
 
-    def propose(self, y, found, norm, memory):
+    def propose(
+        self,
+        y: Float[Array, "*samples"],
+        found: Evaluation,
+        norm: Float[Array, "*batch"],
+        memory: InverseJacobian,
+    ) -> tuple[Float[Array, "*samples"], InverseJacobian]:
         """The step of Newton's method with the corrected inverse."""
         inverse = self._correct(y, found.value - y, norm, memory)
         return y - self._apply(inverse.left, inverse.right, inverse.residual), inverse
@@ -86,4 +93,4 @@ class Broyden(Picard):
 
     def _apply(self, left, right, x):
         """`(-(1 - damping) I + Σ left rightᵀ) x`."""
-        return jnp.sum(dot(right, x)[..., None] * left, axis=0) - (1 - self.damping) * x
+        return jnp.sum(dot(right, x[None])[..., None] * left, axis=0) - (1 - self.damping) * x

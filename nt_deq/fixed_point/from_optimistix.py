@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Never
 
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PyTree
 
 from nt_deq import _checks
 from nt_deq.errors import ArgumentError
-from nt_deq.fixed_point.solver import Solution, Solver, norm
+from nt_deq.fixed_point.solver import Bounds, Function, Solution, Solver, norm
+
+if TYPE_CHECKING:
+    from optimistix import AbstractFixedPointSolver, AbstractRootFinder
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Optimistix(Solver):
       max_steps: after so many of its steps it has not.
     """
 
-    solver: Any
+    solver: AbstractFixedPointSolver | AbstractRootFinder
     max_steps: int = 1000
 
     def __post_init__(self):
@@ -36,7 +41,14 @@ class Optimistix(Solver):
             )
         _checks.count("max_steps", self.max_steps)
 
-    def solve_vectors(self, fn, y, args, rounding, keep_best=True):
+    def solve_vectors(
+        self,
+        fn: Function,
+        y: Float[Array, "*batch size"],
+        args: PyTree,
+        rounding: float,
+        keep_best: bool = True,
+    ) -> Solution:
         """`y = F(y)`, with one outcome for all samples."""
         del rounding, keep_best
         import optimistix
@@ -54,7 +66,9 @@ class Optimistix(Solver):
         converged = success & jnp.isfinite(residual)
         return Solution(found.value, found.stats["num_steps"], residual, converged)
 
-    def solve_entries(self, fn, y, args, bounds):
+    def solve_entries(
+        self, fn: Function, y: Float[Array, "*shape"], args: PyTree, bounds: Bounds
+    ) -> Never:
         """Refused: a kernel's entries are independent equations."""
         raise ArgumentError(
             f"solver={self} is for networks; kernels need nt_deq.Newton(), nt_deq.Anderson() or "

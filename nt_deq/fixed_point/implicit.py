@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float, PyTree
 
 from nt_deq.fixed_point.solver import Evaluation, Function, Solution, Solver
 
-SolveLinear = Callable[[Callable[[Array], Array], Array], Array]
+SolveLinear: TypeAlias = Callable[[Callable[[Array], Array], Array], Array]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def implicit_entries(fn: Function, y: Array, args: Any) -> Array:
+def implicit_entries(
+    fn: Function, y: Float[Array, "*shape"], args: PyTree
+) -> Float[Array, "*shape"]:
     """`y`, whose every number solves an equation of its own, with its derivative in `args`.
 
     Args:
@@ -47,8 +50,11 @@ def _implicit_entries_jvp(fn, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def implicit_vectors(
-    layer: Callable[[Array, Any], Array], solve_linear: SolveLinear, y: Array, args: Any
-) -> Array:
+    layer: Callable[[Array, PyTree], Array],
+    solve_linear: SolveLinear,
+    y: Float[Array, "*batch size"],
+    args: PyTree,
+) -> Float[Array, "*batch size"]:
     """`y`, whose vectors along the last axis solve `y = layer(y, args)`, with that derivative.
 
     Args:
@@ -77,7 +83,7 @@ def _implicit_vectors_jvp(layer, solve_linear, primals, tangents):
 def solve_linear(
     solver: Solver,
     matvec: Callable[[Array], Array],
-    b: Array,
+    b: Float[Array, "*batch size"],
     rounding: float,
     keep_best: bool = False,
 ) -> Solution:
@@ -87,7 +93,11 @@ def solve_linear(
     )
 
 
-def select(converged: Array, y: Array, otherwise: Array | float) -> Array:
+def select(
+    converged: Bool[Array, "*batch"],
+    y: Float[Array, "*shape"],
+    otherwise: Float[Array, "*shape"] | float,
+) -> Float[Array, "*shape"]:
     """`y`, and something else where a sample has not converged."""
     return jnp.where(
         converged.reshape(converged.shape + (1,) * (y.ndim - converged.ndim)), y, otherwise
@@ -95,7 +105,7 @@ def select(converged: Array, y: Array, otherwise: Array | float) -> Array:
 
 
 @jax.custom_jvp
-def keep(converged: Array, y: Array) -> Array:
+def keep(converged: Bool[Array, "*batch"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`y`, and NaN where a sample has not converged, as is its derivative.
 
     But for a tangent or a cotangent of 0, which stays 0: who leaves a sample out of the loss gets

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
 
-from nt_deq.fixed_point.solver import Bounds, SteppingSolver
+from nt_deq.fixed_point.solver import Bounds, Evaluation, SteppingSolver
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,18 @@ class Newton(SteppingSolver):
     elementwise: ClassVar[bool] = True
     needs_slope: ClassVar[bool] = True
 
-    def start(self, y, bounds):
+    def start(self, y: Float[Array, "*samples"], bounds: Bounds | None) -> Bounds:
         """The bracket of every root."""
         assert bounds is not None  # of entries
         return Bounds(*(jnp.broadcast_to(bound, y.shape) for bound in bounds))
 
-    def propose(self, y, found, norm, memory):
+    def propose(
+        self,
+        y: Float[Array, "*samples"],
+        found: Evaluation,
+        norm: Float[Array, "*batch"],
+        memory: Bounds,
+    ) -> tuple[Float[Array, "*samples"], Bounds]:
         """A Newton step where it stays inside the bracket, a safe one where it does not."""
         del norm
         assert found.slope is not None

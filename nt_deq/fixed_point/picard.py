@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jax import Array
+from jaxtyping import Float
 
 from nt_deq.errors import ArgumentError
-from nt_deq.fixed_point.solver import Bounds, Memory, SteppingSolver
+from nt_deq.fixed_point.solver import Bounds, Evaluation, Memory, SteppingSolver
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,17 @@ class Picard(SteppingSolver):
                 "kept and must lie in [0, 1)."
             )
 
-    def start(self, y: Array, bounds: Bounds | None) -> Memory:
+    def start(self, y: Float[Array, "*samples"], bounds: Bounds | None) -> Memory:
         """Nothing."""
         del y, bounds
 
-    def propose(self, y, found, norm, memory):
+    def propose(
+        self,
+        y: Float[Array, "*samples"],
+        found: Evaluation,
+        norm: Float[Array, "*batch"],
+        memory: Memory,
+    ) -> tuple[Float[Array, "*samples"], Memory]:
         """The damped step."""
         del norm
         return y + (1 - self.damping) * (found.value - y), memory

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Float, PyTree, PyTreeDef
 
 from nt_deq import _checks
 from nt_deq.errors import ArgumentError, NotConvergedError
@@ -32,13 +34,13 @@ from nt_deq.fixed_point.solver import (
     network_rounding,
 )
 
-State = Any  # a pytree of arrays (batch, ...)
+State: TypeAlias = PyTree[Float[ArrayLike, "batch ..."]]
 
 
 def equilibrium(
-    f: Callable[[State, Any], State],
+    f: Callable[[State, PyTree], State],
     z0: State,
-    args: Any = None,
+    args: PyTree = None,
     *,
     solver: Solver | None = None,
     adjoint: Adjoint | None = None,
@@ -78,9 +80,9 @@ def equilibrium(
 
 
 def find_equilibrium(
-    f: Callable[[State, Any], State],
+    f: Callable[[State, PyTree], State],
     z0: State,
-    args: Any = None,
+    args: PyTree = None,
     *,
     solver: Solver | None = None,
     adjoint: Adjoint | None = None,
@@ -126,9 +128,9 @@ def find_equilibrium(
 
 
 def adjoint_solution(
-    f: Callable[[State, Any], State],
+    f: Callable[[State, PyTree], State],
     z: State,
-    args: Any,
+    args: PyTree,
     cotangent: State,
     adjoint: ImplicitAdjoint | None = None,
 ) -> Solution:
@@ -155,7 +157,7 @@ def adjoint_solution(
     return solution._replace(value=samples.unravel(solution.value))
 
 
-def at_precision(solver: Solver, dtype: Any) -> Solver:
+def at_precision(solver: Solver, dtype: DTypeLike) -> Solver:
     """The solver with a tolerance that a layer computed in this dtype can reach, if it has none."""
     if isinstance(solver, SteppingSolver) and solver.rtol is None:
         return replace(solver, rtol=network_rounding(dtype))
@@ -163,13 +165,15 @@ def at_precision(solver: Solver, dtype: Any) -> Solver:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _solve(solver: Solver, layer: Callable[[Array, Any], Array], z0: Array, args: Any) -> Solution:
+def _solve(
+    solver: Solver, layer: Callable[[Array, PyTree], Array], z0: Array, args: PyTree
+) -> Solution:
     """Runs a solver; layers that are equal are compiled once."""
     rounding = network_rounding(z0.dtype)
     return solver.solve_vectors(lambda z, args: Evaluation(layer(z, args)), z0, args, rounding)
 
 
-def outcome(solution: Solution, on_failure: OnFailure, given: dict[str, Any]) -> State:
+def outcome(solution: Solution, on_failure: OnFailure, given: dict[str, PyTree]) -> State:
     """The value of a solution, and what `on_failure` says where a sample has not converged.
 
     Args:
@@ -230,7 +234,7 @@ def _message(solution: Solution, broken: Sequence[str]) -> str:
     )
 
 
-def _numbers(given: dict[str, Any]) -> list[tuple[str, Any]]:
+def _numbers(given: dict[str, PyTree]) -> list[tuple[str, ArrayLike]]:
     """The floating arrays of a tree, with names such as `parameters.cell.linear.W`."""
     paths, _ = jax.tree_util.tree_flatten_with_path(given)
     return [
@@ -240,7 +244,7 @@ def _numbers(given: dict[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def _not_finite(given: dict[str, Any]) -> list[str]:
+def _not_finite(given: dict[str, PyTree]) -> list[str]:
     return [name for name, leaf in _numbers(given) if not np.isfinite(np.asarray(leaf)).all()]
 
 
@@ -252,8 +256,8 @@ class _Samples:
     a solver adds up and compares must be more exact than what the layer computes with.
     """
 
-    f: Callable[[State, Any], State]
-    tree: Any
+    f: Callable[[State, PyTree], State]
+    tree: PyTreeDef  # pyright: ignore[reportInvalidTypeForm]
     leaves: tuple[jax.ShapeDtypeStruct, ...]
 
     @classmethod
@@ -282,7 +286,7 @@ class _Samples:
             )
         return cls(f, tree, structs)
 
-    def __call__(self, z: Array, args: Any) -> Array:
+    def __call__(self, z: Array, args: PyTree) -> Array:
         return self.ravel(self.f(self.unravel(z), args))
 
     def ravel(self, z: State) -> Array:

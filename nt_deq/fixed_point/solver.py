@@ -13,16 +13,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int, PyTree
 
 from nt_deq import _checks
 from nt_deq.errors import ArgumentError
 
-Memory = Any  # what a method remembers of its past, a pytree
+Memory: TypeAlias = PyTree[Array]
+"""What a method remembers of its past."""
 
 
 class Evaluation(NamedTuple):
@@ -35,13 +39,13 @@ class Evaluation(NamedTuple):
       aux: what else is known there; kept of the last evaluation.
     """
 
-    value: Array
-    scale: Array | None = None
-    slope: Array | None = None
+    value: Float[Array, "*samples"]
+    scale: Float[Array, "*batch"] | None = None
+    slope: Float[Array, "*samples"] | None = None
     aux: tuple[Array, ...] = ()
 
 
-Function = Callable[[Array, Any], Evaluation]
+Function: TypeAlias = Callable[[Array, PyTree], Evaluation]
 
 
 class Solution(NamedTuple):
@@ -55,17 +59,17 @@ class Solution(NamedTuple):
         `UnrolledAdjoint`, which looks for no fixed point, whether its value is finite.
     """
 
-    value: Any
-    steps: Array
-    residual: Array
-    converged: Array
+    value: PyTree[Float[Array, "*shape"]]
+    steps: Int[Array, ""]
+    residual: Float[Array, "*batch"]
+    converged: Bool[Array, "*batch"]
 
 
 class Bounds(NamedTuple):
     """Between which numbers every entry's root lies; iterates are clipped to them."""
 
-    lower: Array
-    upper: Array
+    lower: Float[Array, "*shape"]
+    upper: Float[Array, "*shape"]
 
 
 class Solver(abc.ABC):
@@ -79,13 +83,18 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def solve_entries(
-        self, fn: Function, y: Array, args: Any, bounds: Bounds
+        self, fn: Function, y: Float[Array, "*shape"], args: PyTree, bounds: Bounds
     ) -> tuple[Solution, tuple[Array, ...]]:
         """`y = F(y)` for every number of an array; the solution, and `aux` at its value."""
 
     @abc.abstractmethod
     def solve_vectors(
-        self, fn: Function, y: Array, args: Any, rounding: float, keep_best: bool = True
+        self,
+        fn: Function,
+        y: Float[Array, "*batch size"],
+        args: PyTree,
+        rounding: float,
+        keep_best: bool = True,
     ) -> Solution:
         """`y = F(y)` for vectors along the last axis.
 
@@ -130,16 +139,22 @@ class SteppingSolver(Solver):
         _checks.count("max_steps", self.max_steps)
 
     @abc.abstractmethod
-    def start(self, y: Array, bounds: Bounds | None) -> Memory:
+    def start(self, y: Float[Array, "*samples"], bounds: Bounds | None) -> Memory:
         """Returns what the method remembers before the first step."""
 
     @abc.abstractmethod
     def propose(
-        self, y: Array, found: Evaluation, norm: Array, memory: Memory
-    ) -> tuple[Array, Memory]:
+        self,
+        y: Float[Array, "*samples"],
+        found: Evaluation,
+        norm: Float[Array, "*batch"],
+        memory: Memory,
+    ) -> tuple[Float[Array, "*samples"], Memory]:
         """Returns the next `y`, given what `F` is at this one and the norm of the residual."""
 
-    def solve_entries(self, fn, y, args, bounds):
+    def solve_entries(
+        self, fn: Function, y: Float[Array, "*shape"], args: PyTree, bounds: Bounds
+    ) -> tuple[Solution, tuple[Array, ...]]:
         """By the loop."""
         if self.elementwise:
             return _iterate(self, fn, y, args, bounds, _Entries)
@@ -149,7 +164,14 @@ class SteppingSolver(Solver):
         solution, aux = _iterate(self, of_vectors, y[..., None], args, bounds, _Vectors)
         return solution._replace(value=solution.value[..., 0]), aux
 
-    def solve_vectors(self, fn, y, args, rounding, keep_best=True):
+    def solve_vectors(
+        self,
+        fn: Function,
+        y: Float[Array, "*batch size"],
+        args: PyTree,
+        rounding: float,
+        keep_best: bool = True,
+    ) -> Solution:
         """By the loop."""
         if self.needs_slope:
             raise ArgumentError(
@@ -161,7 +183,7 @@ class SteppingSolver(Solver):
         return _iterate(solver, fn, y, args, None, _Vectors, keep_best)[0]
 
 
-def check_solver(solver: Any) -> None:
+def check_solver(solver: object) -> None:
     """Raises a `TypeError` unless it is a solver or `None`."""
     if solver is not None and not isinstance(solver, Solver):
         raise TypeError(
@@ -278,17 +300,17 @@ def _iterate(
     return Solution(value, end.steps, end.residual, end.converged), end.aux
 
 
-def rounding(dtype: Any) -> float:
+def rounding(dtype: DTypeLike) -> float:
     """How far apart, relative to its scale, rounding alone may put `F(y)` and a number `y`."""
     return 4 * float(jnp.finfo(dtype).eps)
 
 
-def norm(y: Array) -> Array:
+def norm(y: Float[Array, "*batch size"]) -> Float[Array, "*batch"]:
     """The 2-norm along the last axis, also of numbers whose squares leave the dtype's range."""
     return norms(y)[0]
 
 
-def norms(*arrays: Array) -> tuple[Array, ...]:
+def norms(*arrays: Float[Array, "*batch _"]) -> tuple[Float[Array, "*batch"], ...]:
     """The 2-norms of several arrays, exact to the rounding of the largest of their numbers."""
     largest = [jnp.max(jnp.abs(y), axis=-1, initial=0) for y in arrays]
     # Its inverse must be a normal number: XLA multiplies by it, and takes others for 0.
@@ -298,20 +320,20 @@ def norms(*arrays: Array) -> tuple[Array, ...]:
     return tuple(scale * jnp.sqrt(jnp.sum(jnp.square(y * inverse), axis=-1)) for y in arrays)
 
 
-def dot(a: Array, b: Array) -> Array:
+def dot(a: Float[Array, "*#batch size"], b: Float[Array, "*#batch size"]) -> Float[Array, "*batch"]:
     """Products along the last axis."""
     return jnp.sum(a * b, axis=-1)
 
 
-def at_least_single(dtype: Any) -> Any:
+def at_least_single(dtype: DTypeLike) -> np.dtype:
     """The dtype that states of this dtype are solved in.
 
     What a solver adds up and compares must be more exact than what 16 bits compute with.
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
 
 
-def network_rounding(dtype: Any) -> float:
+def network_rounding(dtype: DTypeLike) -> float:
     """The relative residual that rounding leaves of a network's layer computed in this dtype."""
     # In 16 bits a unit of the last place is so much that 32 of them would be no tolerance.
     return (2 if jnp.finfo(dtype).bits < 32 else 32) * float(jnp.finfo(dtype).eps)

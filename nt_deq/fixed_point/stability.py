@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, PRNGKeyArray
 
 from nt_deq import _checks
 from nt_deq.errors import ArgumentError
@@ -14,8 +15,12 @@ from nt_deq.fixed_point.solver import norm
 
 
 def spectral_radius(
-    f: Callable[[Array], Array], z: Array, *, key: Array, steps: int = 100
-) -> Array:
+    f: Callable[[Array], Array],
+    z: Float[Array, "batch ..."],
+    *,
+    key: PRNGKeyArray,
+    steps: int = 100,
+) -> Float[Array, " batch"]:
     """Estimates the largest `|λ|` of `∂f/∂z`, the rate at which `z ← f(z)` converges.
 
     By the growth of a random vector over the second half of `steps` products with the Jacobian,
@@ -49,8 +54,12 @@ def spectral_radius(
 
 
 def jacobian_regularization(
-    f: Callable[[Array], Array], z: Array, *, key: Array, samples: int = 1
-) -> Array:
+    f: Callable[[Array], Array],
+    z: Float[Array, "batch ..."],
+    *,
+    key: PRNGKeyArray,
+    samples: int = 1,
+) -> Float[Array, ""]:
     """Estimates `‖∂f/∂z‖²_F / size`, averaged over the batch: a penalty that keeps `z*` stable.
 
     Bai et al. 2021, "Stabilizing Equilibrium Models by Jacobian Regularization", eq. 5, by
