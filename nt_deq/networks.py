@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from jax import Array
-
 from nt_deq import _checks, stax
-from nt_deq.activations import Activation
-from nt_deq.typing import Layer
+from nt_deq.activations import Phi
+from nt_deq.typing import Layer, Real
 
 
 def deq_network(
-    W_std: float | Array,
-    U_std: float | Array = 1.0,
-    b_std: float | Array = 0.0,
-    activation: str | Activation | Callable[[Array], Array] = "relu",
-    V_std: float | Array = 1.0,
+    W_std: Real,
+    U_std: Real = 1.0,
+    b_std: Real = 0.0,
+    activation: Phi = "relu",
+    V_std: Real = 1.0,
     *,
     width: int = 1,
     outputs: int = 1,

@@ -11,16 +11,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache, partial, wraps
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array, random
+import neural_tangents as nt
+from jax import random
+from jaxtyping import PyTree
 from neural_tangents import stax as _nt_stax
-from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
+from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary, reportAssignmentType]
 
 from nt_deq import _checks
-from nt_deq.activations import Activation, get_activation, piecewise_linear
+from nt_deq.activations import Phi, get_activation, piecewise_linear
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.implicit import keep
 from nt_deq.fixed_point.newton import Newton
@@ -32,7 +34,7 @@ from nt_deq.kernels.dense import Injection, dense_solver, solve_equilibrium
 from nt_deq.kernels.diagnosis import raise_unless_cell_solved, raise_unless_solved
 from nt_deq.kernels.nonlinearity import apply_dual
 from nt_deq.kernels.series import Chebyshev
-from nt_deq.typing import Layer
+from nt_deq.typing import AnyLayer, Layer, LayerKernelFn, Real
 
 __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
     "DEQ",
@@ -40,10 +42,13 @@ __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
     "Nonlinearity",
 ]
 
-_MASKED: Any = _nt_stax.MaskedArray  # typed as a class without fields
+_MASKED: PyTree = _nt_stax.MaskedArray  # typed as a class without fields
+
+_P = ParamSpec("_P")
+_Fn = TypeVar("_Fn", bound=Callable)
 
 
-def _full_precision(fn: Callable) -> Callable:
+def _full_precision(fn: _Fn) -> _Fn:
     """Makes the products in a function exact: a TPU's default keeps 8 bits."""
 
     @wraps(fn)
@@ -51,10 +56,10 @@ def _full_precision(fn: Callable) -> Callable:
         with jax.default_matmul_precision("highest"):
             return fn(*args, **kwargs)
 
-    return wrapped
+    return cast(_Fn, wrapped)
 
 
-def _with_exact_kernel(make: Callable[..., Any]) -> Callable[..., Any]:
+def _with_exact_kernel(make: Callable[_P, AnyLayer]) -> Callable[_P, Layer]:
     """A layer whose `kernel_fn` has full precision, that of `x·xᵀ` included."""
 
     @wraps(make)
@@ -65,16 +70,31 @@ def _with_exact_kernel(make: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _layer(make: Callable[_P, AnyLayer]) -> Callable[_P, Layer]:
+    """Lets the `kernel_fn` of a new layer take inputs too, in full precision."""
+    return _with_exact_kernel(_nt_stax.layer(make))
+
+
+def _requires(**requirements) -> Callable[[Callable[..., nt.Kernel]], LayerKernelFn]:
+    """Says what a new layer's `kernel_fn` needs of its kernel; `_layer` does the rest."""
+    return cast(Callable, _nt_stax.requires(**requirements))
+
+
 for _name, _make in vars(_nt_stax).items():
     _combines = _name in ("serial", "parallel", "repeat")
     if inspect.isfunction(_make) and (_name[0].isupper() or _combines):
         globals()[_name] = _with_exact_kernel(_make)
 
+if TYPE_CHECKING:
 
-@_with_exact_kernel
-@_nt_stax.layer
+    def serial(*layers: AnyLayer) -> Layer:
+        """`neural_tangents.stax.serial`, whose kernel is typed there as any tree of kernels."""
+        ...
+
+
+@_layer
 @_nt_stax.supports_masking(remask_kernel=True)
-def Nonlinearity(activation: str | Activation | Callable[[Array], Array]) -> Layer:
+def Nonlinearity(activation: Phi) -> Layer:
     """An elementwise nonlinearity `φ` with its exact kernel.
 
     Args:
@@ -90,12 +110,12 @@ def Nonlinearity(activation: str | Activation | Callable[[Array], Array]) -> Lay
         del rng, kwargs
         return input_shape, ()
 
-    def apply_fn(params: Any, inputs: Any, **kwargs: Any) -> Any:
+    def apply_fn(params: PyTree, inputs: PyTree, **kwargs: PyTree) -> PyTree:
         del params, kwargs
         return phi.fn(inputs)
 
-    @_nt_stax.requires(diagonal_spatial=_nt_stax.Diagonal())
-    def kernel_fn(k: Any, **kwargs: Any) -> Any:
+    @_requires(diagonal_spatial=_nt_stax.Diagonal())
+    def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
         del kwargs
         return apply_dual(phi, k)
 
@@ -109,7 +129,7 @@ def ABRelu(a: float, b: float, do_stabilize: bool = False) -> Layer:
     wrong or NaN; these are not. `do_stabilize` is for very deep explicit networks, and left to it.
     """
     if do_stabilize:
-        return _nt_stax.ABRelu(a, b, do_stabilize)
+        return cast(Layer, _nt_stax.ABRelu(a, b, do_stabilize))
     return Nonlinearity(piecewise_linear(f"ABRelu({a}, {b})", a, b))
 
 
@@ -128,9 +148,8 @@ def Abs(do_stabilize: bool = False) -> Layer:
     return ABRelu(-1.0, 1.0, do_stabilize)
 
 
-@_with_exact_kernel
-@_nt_stax.layer
-def FixedPoint(cell: Layer, inject: Layer, solver: Solver | None = None) -> Layer:
+@_layer
+def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -> Layer:
     """A layer of infinite depth, `z* = cell(z*) + inject(x)`, from any stax layers.
 
     Returns the equilibrium itself: put the nonlinearity and the readout after it. The cell reads
@@ -164,8 +183,7 @@ def FixedPoint(cell: Layer, inject: Layer, solver: Solver | None = None) -> Laye
             "or nt_deq.Anderson()."
         )
     (cell_init, cell_apply, cell_kernel), (inject_init, inject_apply, inject_kernel) = cell, inject
-    composed: Any = _nt_stax.serial(inject, cell, cell)[2]
-    requirements = composed.input_req
+    requirements = vars(_nt_stax.serial(inject, cell, cell)[2])["input_req"]
     batch_axis = requirements.get("batch_axis", 0)
     solve = jax.jit(partial(solve_cell, cell_kernel, solver=solver))
 
@@ -188,7 +206,7 @@ def FixedPoint(cell: Layer, inject: Layer, solver: Solver | None = None) -> Laye
         return shape, (cell_params, inject_params)
 
     @_full_precision
-    def apply_fn(params: Any, inputs: Any, **kwargs: Any) -> Any:
+    def apply_fn(params: PyTree, inputs: PyTree, **kwargs: PyTree) -> PyTree:
         u = inject_apply(params[1], inputs, **kwargs)
         kwargs.pop("mask_constant", None)  # a value of the inputs, not of z
         masked = isinstance(u, _MASKED)
@@ -198,11 +216,12 @@ def FixedPoint(cell: Layer, inject: Layer, solver: Solver | None = None) -> Laye
         z = jnp.moveaxis(z, 0, batch_axis)
         return _MASKED(z, mask) if masked else z
 
-    @_nt_stax.requires(**requirements)
-    def kernel_fn(k: Any, **kwargs: Any) -> Any:
+    @_requires(**requirements)
+    def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
         if kwargs.get("pattern") is not None:
             raise NotImplementedError("FixedPoint does not take the `pattern` of stax.Aggregate.")
-        u: Any = unreversed(inject_kernel(k, **kwargs))
+        u = unreversed(inject_kernel(k, **kwargs))
+        assert u.shape1 is not None
         check_gaussian(cell_kernel, u)
         check_bypass((*u.shape1[:batch_axis], 2, *u.shape1[batch_axis + 1 :]))
         found = solve(u)
@@ -212,14 +231,13 @@ def FixedPoint(cell: Layer, inject: Layer, solver: Solver | None = None) -> Laye
     return init_fn, apply_fn, kernel_fn
 
 
-@_with_exact_kernel
-@_nt_stax.layer
+@_layer
 def DEQ(
     width: int,
-    W_std: float | Array,
-    U_std: float | Array = 1.0,
-    b_std: float | Array | None = None,
-    activation: str | Activation | Callable[[Array], Array] = "relu",
+    W_std: Real,
+    U_std: Real = 1.0,
+    b_std: Real | None = None,
+    activation: Phi = "relu",
     solver: Solver | None = None,
     parameterization: Literal["ntk", "standard"] = "ntk",
 ) -> Layer:
@@ -258,24 +276,28 @@ def DEQ(
     phi = get_activation(activation)
     method = dense_solver(solver, phi)
     # neural-tangents types a kernel as any tree of kernels.
-    dense: Any = partial(_nt_stax.Dense, width, parameterization=parameterization)
+    dense = cast(
+        Callable[..., AnyLayer],
+        partial(_nt_stax.Dense, width, parameterization=parameterization),
+    )
     hidden, inject, nonlinearity = dense(W_std), dense(U_std, b_std), Nonlinearity(phi)
     # On images and masks, where entries may be coupled.
     elsewhere = None if isinstance(method, Newton) else solver
     fixed_point = FixedPoint(_nt_stax.serial(nonlinearity, hidden), inject, elsewhere)
-    composed_init, composed_apply, composed_kernel = _nt_stax.serial(fixed_point, nonlinearity)
+    composed = cast(AnyLayer, _nt_stax.serial(fixed_point, nonlinearity))
+    composed_init, composed_apply, composed_kernel = composed
 
     def init_fn(rng, input_shape, **kwargs):
         shape, (((_, hidden), inject), _) = composed_init(rng, input_shape, **kwargs)
         return shape, (hidden, inject)
 
-    def apply_fn(params: Any, inputs: Any, **kwargs: Any) -> Any:
+    def apply_fn(params: PyTree, inputs: PyTree, **kwargs: PyTree) -> PyTree:
         hidden, inject = params
         return composed_apply(((((), hidden), inject), ()), inputs, **kwargs)
 
-    @_nt_stax.requires(batch_axis=0, channel_axis=-1, diagonal_spatial=_nt_stax.Diagonal())
-    def kernel_fn(k: Any, **kwargs: Any) -> Any:
-        if len(k.shape1) != 2 or k.mask1 is not None or k.mask2 is not None:
+    @_requires(batch_axis=0, channel_axis=-1, diagonal_spatial=_nt_stax.Diagonal())
+    def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
+        if k.nngp.ndim != 2 or k.mask1 is not None or k.mask2 is not None:
             return composed_kernel(k, **kwargs)
         u = inject[2](k, **kwargs)
         W_var = jnp.square(jnp.asarray(W_std, u.nngp.dtype))
