@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import lineax
+from jaxtyping import Float, PyTree
 
 from nt_deq._extras import extra
-from nt_deq.typing import Get, KernelFn
+from nt_deq.typing import Get, MakeKernel
 
 with extra("gpjax"):
     from gpjax.kernels import AbstractKernel
@@ -49,25 +50,28 @@ class StaxKernel(AbstractKernel):
       get: `'nngp'` or `'ntk'`.
     """
 
-    make_kernel: Callable[[dict[str, Any]], KernelFn] = eqx.field(static=True, init=False)
-    parameters: dict[str, Any] = eqx.field(init=False)
+    make_kernel: MakeKernel = eqx.field(static=True, init=False)
+    parameters: dict[str, PyTree] = eqx.field(init=False)
     get: Get = eqx.field(static=True, init=False)
 
     def __init__(
         self,
-        make_kernel: Callable[[dict[str, Any]], KernelFn],
-        parameters: Mapping[str, Any],
+        make_kernel: MakeKernel,
+        parameters: Mapping[str, PyTree],
         get: Get = "nngp",
     ):
         self.make_kernel, self.parameters = make_kernel, dict(parameters)
         self.get: Get = get
         super().__init__(compute_engine=_Matrices())
 
-    def __call__(self, x: Array, y: Array) -> Array:
+    def __call__(self, x: Float[Array, " d"], y: Float[Array, " d"]) -> Float[jax.Array, ""]:
         """The kernel of two inputs `(d,)`."""
         return self.matrix(x[None], y[None])[0, 0]
 
-    def matrix(self, x1: Array, x2: Array | None) -> Array:
+    def matrix(
+        self, x1: Float[Array, "n d"], x2: Float[Array, "m d"] | None
+    ) -> Float[jax.Array, "n _"]:
         """The kernel of inputs `(n, d)` and `(m, d)`, or of `x1` with itself."""
         parameters = {name: val(p) for name, p in self.parameters.items()}
-        return self.make_kernel(parameters)(x1, x2, self.get)
+        x2 = None if x2 is None else jnp.asarray(x2)
+        return self.make_kernel(parameters)(jnp.asarray(x1), x2, self.get)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import equinox as eqx
 import jax
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from nt_deq._extras import extra
-from nt_deq.typing import Get, KernelFn
+from nt_deq.typing import Get, MakeKernel
 
 with extra("tinygp"):
     from tinygp.kernels import Kernel
@@ -32,8 +31,8 @@ class StaxKernel(Kernel):
       get: `'nngp'` or `'ntk'`.
     """
 
-    make_kernel: Callable[[dict[str, Any]], KernelFn] = eqx.field(static=True)
-    parameters: Mapping[str, Any]
+    make_kernel: MakeKernel = eqx.field(static=True)
+    parameters: Mapping[str, PyTree]
     get: Get = eqx.field(static=True, default="nngp")
 
     def evaluate(self, X1: Float[Array, " d"], X2: Float[Array, " d"]) -> Float[Array, ""]:

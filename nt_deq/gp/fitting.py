@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
 from nt_deq.errors import ArgumentError
 from nt_deq.gp.process import data, leave_one_out_loss, log_marginal_likelihood
-from nt_deq.typing import Get, KernelFn
+from nt_deq.typing import Get, MakeKernel
 
 Loss = Literal["marginal_likelihood", "leave_one_out"]
 
@@ -75,7 +75,7 @@ def largest_W_std(activation: str | Activation | Callable[[Array], Array] = "rel
 
 
 def fit(
-    make_kernel: Callable[[dict[str, Any]], KernelFn],
+    make_kernel: MakeKernel,
     x: Real[ArrayLike, "n ..."],
     y: Real[ArrayLike, "n ..."],
     start: Mapping[str, float],
@@ -170,7 +170,7 @@ def fit(
         # Which says what is wrong:
         _LOSSES[loss](make_kernel(dict(start)), x, y, start["noise"], get, weights)
         raise ArgumentError(f"loss or gradient is not finite at start={dict(start)}.")
-    found = {name: float(v) for name, v in _parameters(intervals, best.x).items()}
+    found = {name: float(v) for name, v in _parameters(intervals, jnp.asarray(best.x)).items()}
     return Fit(
         found,
         float(losses.min()),

@@ -67,7 +67,9 @@ def log_marginal_likelihood(
         there = counts > 0
         more = jnp.sum(jnp.where(there, counts - 1, 0))
         # A target that is not there has variance 1, and adds -log √(2π) for each output.
-        constant = xlogy(more, noise) + (more - jnp.sum(~there)) * jnp.log(2 * jnp.pi)
+        constant = xlogy(more, noise) + (more - jnp.sum(~there, dtype=more.dtype)) * jnp.log(
+            2 * jnp.pi
+        )
         value -= y.shape[1] * constant / 2
     _check_definite(value, covariance, noise, get)
     return value
@@ -121,7 +123,9 @@ def leave_one_out_loss(
     mean, variance = leave_one_out(kernel_fn, x, y, noise, get, weights)
     error = (jnp.asarray(y, mean.dtype) - mean).reshape(len(variance), -1)
     losses = (error**2 / variance[:, None] + jnp.log(2 * jnp.pi * variance)[:, None]) / 2
-    return jnp.sum(losses if weights is None else jnp.asarray(weights)[:, None] * losses)
+    return jnp.sum(
+        losses if weights is None else jnp.asarray(weights, losses.dtype)[:, None] * losses
+    )
 
 
 def posterior(
@@ -187,7 +191,7 @@ def data(
     return x, y.reshape(len(y), -1)
 
 
-def _matrix(kernel_fn: KernelFn, x1: Array, x2: Array | None, get: str) -> Array:
+def _matrix(kernel_fn: KernelFn, x1: Array, x2: Array | None, get: Get) -> Array:
     with jax.default_matmul_precision("highest"):
         kernel = kernel_fn(x1, x2, get)
     shape = (len(x1), len(x1 if x2 is None else x2))
@@ -211,7 +215,7 @@ def _problem(kernel_fn, x, y, noise, get, weights) -> tuple[Array, Array, Array,
     x, y = data(x, y)
     weights = _weights(weights, noise, len(x), x.dtype)
     root = jnp.sqrt(weights)
-    kernel = root[:, None] * root * _matrix(kernel_fn, x, None, get)
+    kernel = root[:, None] * root[None, :] * _matrix(kernel_fn, x, None, get)
     covariance = kernel + jnp.diag(jnp.where(weights > 0, noise, 1))
     return x, root[:, None] * y, covariance, weights
 
