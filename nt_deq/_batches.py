@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import PyTree, Shaped
 
 _LEAST = 32  # rows: fewer take as long
 
@@ -17,12 +18,14 @@ def padded_size(n: int) -> int:
     return max(_LEAST, 1 << (n - 1).bit_length()) if n <= 256 else -(-n // 128) * 128
 
 
-def pad_rows(x: np.ndarray, size: int) -> np.ndarray:
+def pad_rows(x: Shaped[np.ndarray, "n ..."], size: int) -> Shaped[np.ndarray, "{size} ..."]:
     """Repeats the last of the rows `(n, ...)` until there are `size`."""
     return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
 
 
-def by_batches(fn: Callable[[np.ndarray], Any], x: np.ndarray, most: int) -> Any:
+def by_batches(
+    fn: Callable[[np.ndarray], PyTree], x: Shaped[np.ndarray, "n ..."], most: int
+) -> PyTree[Shaped[np.ndarray, "n ..."]]:
     """`fn(x)` for an `fn` whose rows depend on one row of `x` each.
 
     Args:
@@ -39,5 +42,5 @@ def by_batches(fn: Callable[[np.ndarray], Any], x: np.ndarray, most: int) -> Any
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
-def _first(count: int, array: Any) -> np.ndarray:
+def _first(count: int, array: ArrayLike) -> np.ndarray:
     return np.asarray(array)[:count]

@@ -69,11 +69,11 @@ class ConjugateGradients:
         self.precondition, self.noise = precondition, noise
         self.relative_residual = relative_residual
 
-    def solve(self, b: np.ndarray) -> np.ndarray:
+    def solve(self, b: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "n C"]:
         """Solves for right-hand sides `(n, C)`; errors are those of `iterate`."""
         return self.iterate(b).value
 
-    def iterate(self, b: np.ndarray, progress: bool = False) -> Solution:
+    def iterate(self, b: Float[np.ndarray, "n C"], progress: bool = False) -> Solution:
         """Solves for right-hand sides `(n, C)`, and tells how; `progress` shows every step.
 
         Raises:
@@ -157,7 +157,7 @@ def _direction(z, r, previous, p, rz):
     if p is None:
         return z.astype(jnp.float32), new
     beta = jnp.sum(z * (r - previous), axis=0) / jnp.where(rz == 0, 1, rz)
-    return (z + beta * p).astype(jnp.float32), new
+    return (z + beta[None] * p).astype(jnp.float32), new
 
 
 @in_float64
@@ -169,6 +169,7 @@ def _advance(value, r, p, product, noise, enough):
     active = jnp.linalg.norm(r, axis=0) > enough
     curvature = jnp.where(active, jnp.sum(p * product, axis=0), 0)
     length = jnp.where(active, jnp.sum(p * r, axis=0) / jnp.where(active, curvature, 1), 0)
+    length = length[None]
     r = r - length * product
     return value + length * p, r, jnp.linalg.norm(r, axis=0), curvature
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float
 from scipy.linalg import get_lapack_funcs, solve_triangular
 
 from nt_deq.errors import NotPositiveDefiniteError
@@ -44,11 +45,11 @@ class Cholesky:
                 "are there twice."
             )
 
-    def solve(self, b: np.ndarray) -> np.ndarray:
+    def solve(self, b: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "n C"]:
         """Solves for right-hand sides `(n, C)`."""
         return self._substitute(self._factor, b, lower=1)[0]
 
-    def inverse_diagonal(self) -> np.ndarray:
+    def inverse_diagonal(self) -> Float[np.ndarray, " n"]:
         """The diagonal of `(K + noise)⁻¹ = L⁻ᵀ L⁻¹`, `(n,)`, in the time of three fits.
 
         It is the sums of squares of the columns of `L⁻¹`: a few at a time, so that no other matrix

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +49,7 @@ class FeatureRegression:
 
     def fit(
         self, batches: Iterable[tuple[Real[ArrayLike, "b ..."], Real[ArrayLike, "b ..."]]]
-    ) -> Self:
+    ) -> FeatureRegression:
         """Goes once through the batches, then solves for the weights.
 
         Args:
@@ -64,7 +64,7 @@ class FeatureRegression:
           ValueError: there are no batches, shapes do not match, values are not finite, or the
             normal matrix is singular.
         """
-        syrk: Any = linalg.get_blas_funcs("syrk", dtype=np.float64)
+        syrk = cast(Callable, linalg.get_blas_funcs("syrk", dtype=np.float64))
         normal = moments = None
         n = 0
         for number, (x, y) in enumerate(batches):

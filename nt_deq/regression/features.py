@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 from jax.typing import ArrayLike
-from jaxtyping import Float, Real
+from jaxtyping import Float, PRNGKeyArray, Real
 from scipy import linalg
 
 from nt_deq import _checks
@@ -64,7 +64,8 @@ class NystromFeatures:
             )
         tolerance = rounding(len(kernel), float(np.abs(kernel).max()), kernel.dtype)
         kept, inverse = inverse_factor(kernel, tolerance)
-        self.kernel_fn, self.landmarks, self.get = kernel_fn, landmarks[kept], get
+        self.kernel_fn, self.landmarks = kernel_fn, landmarks[kept]
+        self.get: Get = get
         self._projection = jnp.asarray(inverse.T, kernel.dtype)
         self.size = len(kept)
 
@@ -101,7 +102,7 @@ class SketchFeatures:
       size: number of features.
     """
 
-    def __init__(self, series: Series, d: int, size: int, key: Array):
+    def __init__(self, series: Series, d: int, size: int, key: PRNGKeyArray):
         """Draws the signs and rows.
 
         Args:
@@ -158,7 +159,7 @@ def concatenate(*features: Features) -> Features:
 
 def feature_error(
     features: Features, kernel_fn: KernelFn, x: Real[ArrayLike, "n ..."], get: Get = "nngp"
-) -> Array:
+) -> Float[Array, ""]:
     """Measures `‖Z Zᵀ - K‖ / ‖K‖`, Frobenius norms, on a sample.
 
     Args:
@@ -167,6 +168,7 @@ def feature_error(
       x: inputs, `(n, ...)`.
       get: `'ntk'` or `'nngp'`.
     """
+    x = jnp.asarray(x)
     kernel, z = kernel_fn(x, None, get), features(x)
     approximation = jnp.matmul(z, z.T, precision=lax.Precision.HIGHEST)
     return jnp.linalg.norm(approximation - kernel) / jnp.linalg.norm(kernel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,13 +24,15 @@ from nt_deq.regression.matrix import InMemory, KernelTiles, Recomputed, Stored, 
 from nt_deq.regression.nystrom import Nystrom
 from nt_deq.regression.plan import Plan, make_plan, room_for_tiles, with_seconds
 from nt_deq.regression.store import Store
-from nt_deq.typing import Get, KernelFn
+from nt_deq.typing import JSON, Get, KernelFn
 
 _TEST = 1024  # inputs predicted at once
 _TEST_STD = 128  # likewise with variances, each of which is a right-hand side
 _FEW = 10  # tiles, which take no time that must be told before
 
 Method = Literal["auto", "cholesky", "cg"]
+Predicted = Float[np.ndarray, "m ..."] | tuple[Float[np.ndarray, "m ..."], Float[np.ndarray, " m"]]
+"""The mean, or the mean and the standard deviation."""
 
 
 class KernelRegression:
@@ -92,7 +94,7 @@ class KernelRegression:
         memory: float | None = None,
         seed: int = 0,
         progress: bool = True,
-        store_key: Mapping[str, Any] | None = None,
+        store_key: Mapping[str, JSON] | None = None,
     ):
         choices = {
             "get": (get, ("nngp", "ntk")),
@@ -124,7 +126,7 @@ class KernelRegression:
         self.rank, self.relative_residual, self.memory = rank, relative_residual, memory
         self.seed, self.progress, self.store_key = seed, progress, dict(store_key or {})
 
-    def fit(self, x: Real[ArrayLike, "n ..."], y: Real[ArrayLike, "n ..."]) -> Self:
+    def fit(self, x: Real[ArrayLike, "n ..."], y: Real[ArrayLike, "n ..."]) -> KernelRegression:
         """Fits to inputs `x (n, ...)` and targets `y`. A fit that fails leaves none.
 
         Args:
@@ -146,9 +148,10 @@ class KernelRegression:
         """
         x, y = _inputs(x), np.asarray(y)
         _checks.targets("y", y, len(x))
-        return self._fit(x, y.astype(np.float64))
+        self._fit(x, y.astype(np.float64))
+        return self
 
-    def _fit(self, x: np.ndarray, y: np.ndarray) -> Self:
+    def _fit(self, x: np.ndarray, y: np.ndarray) -> None:
         layout, targets = Layout(len(x), self.mesh), y.reshape(len(y), -1)
         plan = make_plan(
             layout,
@@ -180,7 +183,6 @@ class KernelRegression:
         self._kernel, self._solver, self._targets = kernel, solver, y
         self.plan_, self.noise_, self.solution_ = plan, noise, solution
         self.coefficients_ = coefficients
-        return self
 
     def _forget(self) -> None:
         """Leaves what the arguments say, as before any fit."""
@@ -205,7 +207,20 @@ class KernelRegression:
         exact = Recomputed(kernel) if kernel.x.dtype == np.float64 else None
         return ConjugateGradients(matrix, precondition, noise, self.relative_residual, exact)
 
-    def predict(self, x: Real[ArrayLike, "m ..."], return_std: bool = False) -> Any:
+    @overload
+    def predict(
+        self, x: Real[ArrayLike, "m ..."], return_std: Literal[False] = False
+    ) -> Float[np.ndarray, "m ..."]: ...
+
+    @overload
+    def predict(
+        self, x: Real[ArrayLike, "m ..."], return_std: Literal[True]
+    ) -> tuple[Float[np.ndarray, "m ..."], Float[np.ndarray, " m"]]: ...
+
+    @overload
+    def predict(self, x: Real[ArrayLike, "m ..."], return_std: bool) -> Predicted: ...
+
+    def predict(self, x: Real[ArrayLike, "m ..."], return_std: bool = False) -> Predicted:
         """Predicts.
 
         Args:
@@ -220,7 +235,7 @@ class KernelRegression:
           output, `(m,)`; it is the same for all.
         """
         mean, std = self._predict(x, return_std)
-        return (mean, std) if return_std else mean
+        return mean if std is None else (mean, std)
 
     def _predict(self, x: ArrayLike, return_std: bool) -> tuple[np.ndarray, np.ndarray | None]:
         if not hasattr(self, "coefficients_"):
@@ -295,7 +310,7 @@ class KernelClassifier(KernelRegression):
       classes_: sorted labels.
     """
 
-    def fit(self, x: Real[ArrayLike, "n ..."], y: Shaped[ArrayLike, " n"]) -> Self:
+    def fit(self, x: Real[ArrayLike, "n ..."], y: Shaped[ArrayLike, " n"]) -> KernelClassifier:
         """Fits to inputs `x (n, ...)` and labels `y (n,)`: integers, words or Booleans.
 
         Errors are those of `KernelRegression.fit`.
@@ -310,7 +325,20 @@ class KernelClassifier(KernelRegression):
         self.classes_ = classes
         return self
 
-    def decision_function(self, x: Real[ArrayLike, "m ..."], return_std: bool = False) -> Any:
+    @overload
+    def decision_function(
+        self, x: Real[ArrayLike, "m ..."], return_std: Literal[False] = False
+    ) -> Float[np.ndarray, "m C"]: ...
+
+    @overload
+    def decision_function(
+        self, x: Real[ArrayLike, "m ..."], return_std: Literal[True]
+    ) -> tuple[Float[np.ndarray, "m C"], Float[np.ndarray, " m"]]: ...
+
+    @overload
+    def decision_function(self, x: Real[ArrayLike, "m ..."], return_std: bool) -> Predicted: ...
+
+    def decision_function(self, x: Real[ArrayLike, "m ..."], return_std: bool = False) -> Predicted:
         """Scores inputs `(m, ...)` for each of `classes_`, `(m, C)`, of which the largest counts.
 
         With `return_std` their standard deviation too, `(m,)`: see `KernelRegression.predict`.

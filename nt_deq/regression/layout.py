@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial, wraps
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Shaped
 
 from nt_deq._bridges import enable_x64, shard_map
 from nt_deq.errors import LostProcessError
@@ -75,7 +77,7 @@ class Layout:
         self.replicated = NamedSharding(self.mesh, P())
 
     @property
-    def local_devices(self) -> list[Any]:
+    def local_devices(self) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
         """Those of this process."""
         mine = jax.process_index()
         return [d for d in self.mesh.devices.flat if d.process_index == mine]
@@ -104,7 +106,9 @@ class Layout:
         """The inputs of a row or column of tiles, without the padding."""
         return slice(tile * self.side, min((tile + 1) * self.side, self.n))
 
-    def put(self, fn: Callable[[int], np.ndarray], shape: tuple[int, ...], dtype: Any) -> Array:
+    def put(
+        self, fn: Callable[[int], np.ndarray], shape: tuple[int, ...], dtype: DTypeLike
+    ) -> Array:
         """Arrays of one `shape` per device, `(devices, *shape)`: `fn(device)` on this process'."""
         return jax.make_array_from_callback(
             (self.devices, *shape),
@@ -112,25 +116,27 @@ class Layout:
             lambda index: np.asarray(fn(_first(index)), dtype)[None],
         )
 
-    def local(self, array: Array) -> dict[int, np.ndarray]:
+    def local(self, array: Shaped[Array, "devices ..."]) -> dict[int, np.ndarray]:
         """What `put` took, of this process' devices."""
-        return {_first(s.index): np.asarray(s.data)[0] for s in array.addressable_shards}
+        return {
+            _first(s.index): np.asarray(np.asarray(s.data)[0]) for s in array.addressable_shards
+        }
 
-    def vector(self, value: np.ndarray) -> Array:
+    def vector(self, value: Float[np.ndarray, "n C"]) -> Float[Array, "rows C"]:
         """Pads `(n, C)` to whole tiles; float64, sharded by rows."""
         padded = np.pad(np.asarray(value, np.float64), ((0, self.rows - self.n), (0, 0)))
         with enable_x64(True):
             return jax.make_array_from_callback(padded.shape, self.sharded, padded.__getitem__)
 
-    def replicate(self, array: Array) -> Array:
+    def replicate(self, array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
         """The whole of a sharded array on every device."""
         return _replicate(array, self.replicated)
 
-    def gather(self, array: Array) -> np.ndarray:
+    def gather(self, array: Shaped[Array, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
         """The whole of a sharded array on every process."""
         return np.asarray(self.replicate(array))
 
-    def agree(self, flags: np.ndarray) -> np.ndarray:
+    def agree(self, flags: Bool[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
         """Where any of the processes has a flag; each of them has to arrive here first."""
         mine = self.put(lambda device: flags, flags.shape, bool)
         return np.logical_or.reduce(self.gather(mine))
@@ -151,7 +157,7 @@ class Layout:
 
             def add(y, at, product, weight):
                 old = jax.lax.dynamic_slice_in_dim(y, at, side)
-                new = old + weight * product.astype(y.dtype)
+                new = old + weight.astype(y.dtype) * product.astype(y.dtype)
                 return jax.lax.dynamic_update_slice_in_dim(y, new, at, 0)
 
             with jax.default_matmul_precision("highest"):
@@ -196,7 +202,8 @@ def before_transpose(product: Array) -> Array:
     return jax.lax.optimization_barrier(product)
 
 
-def _first(index: Any) -> int:
+def _first(index: tuple[slice, ...] | None) -> int:
+    assert index is not None  # of an array that is on this process' devices
     return index[0].start or 0
 
 

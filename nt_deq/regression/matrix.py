@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from nt_deq._batches import by_batches, pad_rows
 from nt_deq._bridges import shard_map
@@ -37,7 +37,9 @@ class KernelTiles:
       x: training inputs, `(n, ...)`, in the dtype of the kernel.
     """
 
-    def __init__(self, kernel_fn: KernelFn, get: Get, layout: Layout, x: np.ndarray):
+    def __init__(
+        self, kernel_fn: KernelFn, get: Get, layout: Layout, x: Float[np.ndarray, "n ..."]
+    ):
         self.kernel_fn, self.layout, self.x = kernel_fn, layout, x
         self.get: Get = get
         mapped = partial(shard_map, mesh=layout.mesh)
@@ -85,11 +87,11 @@ class KernelTiles:
         return tiles
 
     @cached_property
-    def diagonal(self) -> np.ndarray:
+    def diagonal(self) -> Float[np.ndarray, " n"]:
         """The kernel of every training input with itself, `(n,)`, float64."""
         return self.variances(self.x)
 
-    def variances(self, x: np.ndarray) -> np.ndarray:
+    def variances(self, x: Float[np.ndarray, "m ..."]) -> Float[np.ndarray, " m"]:
         """The kernel of every one of the inputs `(m, ...)` with itself, `(m,)`, float64."""
         device = self.layout.local_devices[0]
         found = by_batches(lambda x: self._variances(jax.device_put(x, device)), x, _VARIANCES)
@@ -105,7 +107,9 @@ class KernelTiles:
             "at it there."
         )
 
-    def against(self, others: np.ndarray) -> Iterator[tuple[slice, Array]]:
+    def against(
+        self, others: Float[np.ndarray, "m ..."]
+    ) -> Iterator[tuple[slice, Float[Array, "devices m part"]]]:
         """The kernel of other inputs `(m, ...)` with the training inputs, part by part.
 
         Yields:
@@ -128,13 +132,15 @@ class KernelTiles:
                 self._fail(np.asarray(others), None, "inputs with the training inputs")
             yield part, kernel[:, :, : part.stop - part.start]
 
-    def rows(self, others: np.ndarray) -> np.ndarray:
+    def rows(self, others: Float[np.ndarray, "m ..."]) -> Float[np.ndarray, "m n"]:
         """The kernel of other inputs with the training inputs, `(m, n)`, float64."""
         parts = [self.layout.gather(kernel) for _, kernel in self.against(others)]
         joined = np.concatenate(parts, axis=2).swapaxes(0, 1)
         return joined.reshape(len(others), -1)[:, : self.layout.n].astype(np.float64)
 
-    def product(self, others: np.ndarray, coefficients: Array) -> np.ndarray:
+    def product(
+        self, others: Float[np.ndarray, "m ..."], coefficients: Float[Array, "rows C"]
+    ) -> Float[np.ndarray, "m C"]:
         """`rows(others) · coefficients`, of `(rows, C)` sharded by rows, in float64."""
         parts = [
             self.layout.gather(_product(kernel, coefficients, part.start))
@@ -165,7 +171,7 @@ class Recomputed:
         for round_ in self.layout.rounds():
             yield round_, self.kernel(round_)
 
-    def multiply(self, p: Array) -> Array:
+    def multiply(self, p: Float[Array, "rows C"]) -> Float[Array, "rows C"]:
         """`K p` for `p (rows, C)`, sharded by rows, with products in the dtype of `p`."""
         layout = self.layout
         y = layout.zeros(p.shape[1])
@@ -229,7 +235,7 @@ class Stored(Recomputed):
     def tiles(self) -> Iterator[tuple[Round, Array]]:
         """Read from the store, two rounds ahead."""
         layout, side = self.layout, self.layout.side
-        queue: list[tuple[Round, dict[int, Any]]] = []
+        queue: list[tuple[Round, dict[int, Callable[[], np.ndarray]]]] = []
 
         def tile(reads, device):
             read = reads[device]()

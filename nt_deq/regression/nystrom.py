@@ -12,7 +12,7 @@ have a few eigenvalues of the order of `n`. Their eigenvectors are kept apart, i
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import scipy.sparse.linalg
 from jax import Array, lax
 from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, PyTree
 
 from nt_deq._bridges import enable_x64, shard_map
 from nt_deq.errors import NotPositiveDefiniteError
@@ -47,11 +48,11 @@ class _Approximation(NamedTuple):
       delta: `δ`.
     """
 
-    blocks: tuple[Array, ...]
-    factor: Array
-    eigenvalues: Array
-    eigenvectors: Array
-    delta: Array
+    blocks: tuple[Float[Array, "devices landmarks share"], ...]
+    factor: Float[Array, "rank rank"]
+    eigenvalues: Float[Array, " count"]
+    eigenvectors: Float[Array, "rows count"]
+    delta: Float[Array, ""]
 
 
 class Nystrom:
@@ -83,11 +84,11 @@ class Nystrom:
         vectors = _eigenvectors(blocks, combinations)
         self.approximation = _Approximation(blocks, factor, values, vectors, delta)
         rows, everywhere = P(AXIS), P()
-        specs: Any = (rows, everywhere, everywhere, rows, everywhere)
+        specs: PyTree[P] = (rows, everywhere, everywhere, rows, everywhere)
         specs = _Approximation(*specs)
         self.solve = in_float64(jax.jit(shard_map(_solve, self.layout.mesh, (specs, rows), rows)))
 
-    def __call__(self, v: Array) -> Array:
+    def __call__(self, v: Float[Array, "rows C"]) -> Float[Array, "rows C"]:
         """Applies it to `(rows, C)`, float64, sharded by rows."""
         return self.solve(self.approximation, v)
 
@@ -147,7 +148,7 @@ def _remainder(parts, blocks, places, n):
     """
     kernel = jnp.concatenate(parts, axis=2).astype(jnp.float32)
     devices, _, share = kernel.shape
-    row = jnp.arange(devices)[:, None] * share + jnp.arange(share)
+    row = jnp.arange(devices)[:, None] * share + jnp.arange(share)[None, :]
     kernel = jnp.where((row < n)[:, None], kernel, 0)  # nothing in the padding
     of_device, of_share = places
     for block in blocks:
@@ -212,7 +213,7 @@ def _solve(approximation, v):
     projected = lax.psum(projected[:, :columns], AXIS)
     solved = cho_solve((factor, True), projected.astype(v.dtype)).astype(jnp.float32)
     for block, part in zip(blocks, _split(solved, blocks), strict=True):
-        v = v - before_transpose(_matmul(part.T, block[0])).T
+        v = v - before_transpose(_matmul(part.T, block[0])).T.astype(v.dtype)
     v = v / delta
 
     return v + _matmul(eigenvectors, leading / (eigenvalues + delta)[:, None] - along(v))

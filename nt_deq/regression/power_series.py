@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float
 
 from nt_deq import _checks
-from nt_deq.activations import Activation, get_activation
+from nt_deq.activations import Phi, get_activation
 from nt_deq.errors import ArgumentError, NoEquilibriumError
 from nt_deq.kernels.dense import multiply
 from nt_deq.typing import Get, KernelFn
@@ -77,7 +77,7 @@ def deq_series(
     U_std: float = 1.0,
     b_std: float = 0.0,
     V_std: float = 1.0,
-    activation: str | Activation = "relu",
+    activation: Phi = "relu",
     mean_square: float = 1.0,
     get: Get = "nngp",
 ) -> Series:

@@ -13,14 +13,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 import tensorstore as ts
+from jaxtyping import Float
 
 from nt_deq import _checks
 from nt_deq.errors import StoreError
+from nt_deq.typing import JSON
 
 if TYPE_CHECKING:
     from nt_deq.regression.matrix import KernelTiles
@@ -30,7 +32,7 @@ _PENDING = 4  # tiles on their way to the disk
 _ROUNDING = 1e-5  # by which another machine's float32 may differ, relative to the largest
 
 
-def describe(kernel: KernelTiles, key: Mapping[str, Any]) -> dict[str, Any]:
+def describe(kernel: KernelTiles, key: Mapping[str, JSON]) -> dict[str, JSON]:
     """What a stored kernel depends on: it is used again only where all of this is the same.
 
     A kernel function cannot be looked into, so its values between a few of the inputs stand for it,
@@ -53,7 +55,7 @@ def describe(kernel: KernelTiles, key: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+def _differences(found: dict[str, JSON], expected: dict[str, JSON]) -> list[str]:
     """What makes two kernels different ones, in words; none if nothing does.
 
     Other settings make other values of the kernel: what follows from something else is not told.
@@ -100,13 +102,13 @@ class Store:
     """
 
     def __init__(
-        self, location: str | os.PathLike[str], kernel: KernelTiles, key: Mapping[str, Any]
+        self, location: str | os.PathLike[str], kernel: KernelTiles, key: Mapping[str, JSON]
     ):
         self.location, layout = os.fspath(location), kernel.layout
         self.layout = layout
         remote = "://" in self.location
         url = self.location if remote else f"file://{os.path.abspath(self.location)}"
-        self._pending: list[tuple[tuple[int, int], Any]] = []
+        self._pending: list[tuple[tuple[int, int], ts.WriteFutures]] = []
         try:
             self._files = ts.KvStore.open(url.rstrip("/") + "/").result()
             description = self._check(describe(kernel, key))
@@ -188,7 +190,7 @@ class Store:
             whole.add(tile)
         return whole
 
-    def read(self, row: int, column: int) -> Callable[[], np.ndarray]:
+    def read(self, row: int, column: int) -> Callable[[], Float[np.ndarray, "rows columns"]]:
         """Begins to read a tile, less its padding; the result is called for.
 
         The result raises `StoreError` where the tile is missing or damaged.
@@ -212,7 +214,7 @@ class Store:
             "the same fit again computes it anew."
         )
 
-    def write(self, row: int, column: int, tile: np.ndarray) -> None:
+    def write(self, row: int, column: int, tile: Float[np.ndarray, "rows columns"]) -> None:
         """Begins to write a tile, less its padding; waits for earlier ones if they are many.
 
         Raises:
@@ -244,6 +246,6 @@ class Store:
             ) from error
 
 
-def _short(value: Any) -> str:
+def _short(value: JSON) -> str:
     text = json.dumps(value)
     return text if len(text) < 60 else f"{text[:57]}..."
