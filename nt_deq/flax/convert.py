@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import PyTree
 
 from nt_deq.errors import ArgumentError
 from nt_deq.flax.deq import DEQ, FixedPoint, Hidden
 from nt_deq.flax.layers import Conv, Dense
+from nt_deq.typing import ApplyFn
 
 
-def functional(module: nnx.Module) -> tuple[Callable[..., Array], Any]:
+def functional(module: nnx.Module) -> tuple[ApplyFn, PyTree]:
     """Turns a module into a function of its parameters, as neural-tangents takes it.
 
     `apply_fn` works with `nt.empirical_ntk_fn`, `nt.empirical_nngp_fn`, `nt.linearize` and every
@@ -30,14 +29,14 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Array], Any]:
     """
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
 
-    def apply_fn(params: Any, x: Array, **kwargs: Any) -> Array:
+    def apply_fn(params: PyTree, inputs: PyTree, **kwargs: PyTree) -> Array:
         del kwargs
-        return nnx.merge(graphdef, params, rest)(x)
+        return nnx.merge(graphdef, params, rest)(inputs)
 
     return apply_fn, params
 
 
-def to_stax(module: Any) -> Any:
+def to_stax(module: nnx.Module) -> PyTree:
     """Returns the parameters of a module as the stax layer of the same function takes them.
 
     Args:
@@ -54,7 +53,7 @@ def to_stax(module: Any) -> Any:
     return jax.tree.map(_params, _layers(module), is_leaf=_is_linear)
 
 
-def from_stax(module: Any, params: Any) -> None:
+def from_stax(module: nnx.Module, params: PyTree) -> None:
     """Gives a module, in place, the parameters of the stax layer of the same function.
 
     Args:
@@ -74,12 +73,12 @@ def from_stax(module: Any, params: Any) -> None:
         nnx.update(layer, structure.unflatten(new))
 
 
-def _shapes(params: Any) -> Any:
+def _shapes(params: PyTree) -> PyTree:
     """Without the axes of size 1, of which a bias has as many as the inputs have axes."""
     return jax.tree.map(lambda p: tuple(size for size in jnp.shape(p) if size != 1), params)
 
 
-def _layers(module: Any) -> Any:
+def _layers(module: object) -> PyTree:
     """The Dense and Conv layers of a module, nested as the parameters of stax: serial's a list."""
     match module:
         case Dense() | Conv():
@@ -102,7 +101,7 @@ def _layers(module: Any) -> Any:
     return ()
 
 
-def _is_linear(module: Any) -> bool:
+def _is_linear(module: object) -> bool:
     return isinstance(module, Dense | Conv)
 
 

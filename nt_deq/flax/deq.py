@@ -8,16 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Float, PyTree, Shaped
 
 from nt_deq import _checks
-from nt_deq.activations import Activation, get_activation
+from nt_deq.activations import Activation, Phi, get_activation
 from nt_deq.errors import ArgumentError, NoEquilibriumError
 from nt_deq.fixed_point.adjoints import (
     Adjoint,
@@ -27,8 +28,15 @@ from nt_deq.fixed_point.adjoints import (
 )
 from nt_deq.fixed_point.picard import Picard
 from nt_deq.fixed_point.solve import at_precision, find_equilibrium, outcome
-from nt_deq.fixed_point.solver import Solution, Solver, at_least_single, check_solver
-from nt_deq.flax.layers import Conv, Dense, normalize
+from nt_deq.fixed_point.solver import (
+    Solution,
+    Solver,
+    SteppingSolver,
+    at_least_single,
+    check_solver,
+)
+from nt_deq.flax.layers import Conv, Dense, Padding, Parameterization, normalize
+from nt_deq.typing import Real
 
 TRAINING_RTOL = 1e-3
 
@@ -70,17 +78,21 @@ class FixedPoint(nnx.Module):
                 f"cell={cell!r} must be an nnx.Module; wrap functions in nnx.Sequential."
             )
         check_on_failure(on_failure)
-        self.cell: Any = cell
+        self.cell = cell
         self.inject = inject
         check_solver(solver)
         self.solver, self.adjoint = solver, adjoint
         self.on_failure: OnFailure = on_failure
 
-    def __call__(self, x: Array, z0: Array | None = None) -> Array:
+    def __call__(
+        self, x: PyTree[Shaped[ArrayLike, "batch ..."]], z0: Float[Array, "batch ..."] | None = None
+    ) -> Float[Array, "batch ..."]:
         """Returns what the layer makes of `x`, `output(solve(x, z0))`."""
         return self.output(self.solve(x, z0))
 
-    def equilibrium(self, x: Array, z0: Array | None = None) -> Array:
+    def equilibrium(
+        self, x: PyTree[Shaped[ArrayLike, "batch ..."]], z0: Float[Array, "batch ..."] | None = None
+    ) -> Float[Array, "batch ..."]:
         """Returns `z*`, the iteration started at `z0` (default: zeros).
 
         Raises:
@@ -89,7 +101,9 @@ class FixedPoint(nnx.Module):
         """
         return self._outcome(self.solve(x, z0))
 
-    def solve(self, x: Array, z0: Array | None = None) -> Solution:
+    def solve(
+        self, x: PyTree[Shaped[ArrayLike, "batch ..."]], z0: Float[Array, "batch ..."] | None = None
+    ) -> Solution:
         """Returns `z*` and how the search for it went, `(value, steps, residual, converged)`.
 
         Where a sample has not converged its `value` is the best iterate. Log `steps` and `residual`
@@ -99,13 +113,16 @@ class FixedPoint(nnx.Module):
         z0 = jnp.zeros_like(u) if z0 is None else z0
         return self._find(layer, z0, args, self._solver, self.adjoint)
 
-    def output(self, solution: Solution) -> Array:
+    def output(self, solution: Solution) -> Float[Array, "batch ..."]:
         """Returns what the layer makes of a solution: `z*`, or what `on_failure` says."""
         return self._outcome(solution)
 
     def trajectory(
-        self, x: Array, steps: Sequence[int], z0: Array | None = None
-    ) -> tuple[list[Array], Solution]:
+        self,
+        x: PyTree[Shaped[ArrayLike, "batch ..."]],
+        steps: Sequence[int],
+        z0: Float[Array, "batch ..."] | None = None,
+    ) -> tuple[list[Float[Array, "batch ..."]], Solution]:
         """Returns where the solver is after some steps, and the solution, for correction losses.
 
         A loss on the states on the way makes the solver arrive sooner (Bai et al. 2022, "Deep
@@ -138,12 +155,14 @@ class FixedPoint(nnx.Module):
         rest = replace(solver, max_steps=solver.max_steps - counts[-2])
         return states, self._find(layer, z, args, rest, self.adjoint)
 
-    def step(self, z: Array, x: Array) -> Array:
+    def step(
+        self, z: Float[Array, "batch ..."], x: PyTree[Shaped[ArrayLike, "batch ..."]]
+    ) -> Float[Array, "batch ..."]:
         """Returns `cell(z) + inject(x)`: one layer."""
         layer, _, args = self._problem(x)
         return layer(z, args)
 
-    def _problem(self, x: Array) -> tuple[_Layer, Array, tuple[Any, Array]]:
+    def _problem(self, x: PyTree) -> tuple[_Layer, Array, tuple[nnx.State, Array]]:
         """The layer, `u = inject(x)`, and the layer's arguments."""
         u = self.inject(x)
         u = u.astype(at_least_single(u.dtype))
@@ -151,8 +170,9 @@ class FixedPoint(nnx.Module):
         return _Layer(graph), u, (state, u)
 
     @property
-    def _solver(self) -> Any:
-        return Picard() if self.solver is None else self.solver
+    def _solver(self) -> SteppingSolver:
+        # Or another dataclass, such as Optimistix.
+        return Picard() if self.solver is None else cast(SteppingSolver, self.solver)
 
     def _find(self, layer, z0, args, solver, adjoint) -> Solution:
         computed = jax.eval_shape(layer.cell, z0, args[0])
@@ -174,12 +194,12 @@ class FixedPoint(nnx.Module):
 class _Layer:
     """`cell(z) + u`; cells of the same structure give equal layers, which are compiled once."""
 
-    graph: Any
+    graph: nnx.GraphDef
 
-    def cell(self, z: Array, state: Any) -> Array:
+    def cell(self, z: Array, state: nnx.State) -> Array:
         return nnx.merge(self.graph, state)(z)
 
-    def __call__(self, z: Array, args: tuple[Any, Array]) -> Array:
+    def __call__(self, z: Array, args: tuple[nnx.State, Array]) -> Array:
         state, u = args
         out = self.cell(z, state)
         if not out.shape == z.shape == u.shape:
@@ -241,18 +261,21 @@ class DEQ(FixedPoint):
       ValueError: an argument cannot be right; the message says why.
     """
 
+    cell: Hidden  # pyright: ignore[reportIncompatibleVariableOverride]
+    inject: Dense | Conv  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(
         self,
         in_features: int,
         width: int,
         *,
-        W_std: float,
-        U_std: float = 1.0,
-        b_std: float | None = None,
-        activation: str | Activation | Callable[[Array], Array] = "relu",
+        W_std: Real,
+        U_std: Real = 1.0,
+        b_std: Real | None = None,
+        activation: Phi = "relu",
         kernel_size: Sequence[int] | None = None,
-        padding: str = "SAME",
-        parameterization: str | None = None,
+        padding: Padding = "SAME",
+        parameterization: Parameterization | None = None,
         lipschitz: float | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
@@ -311,7 +334,7 @@ class DEQ(FixedPoint):
         """The layer with the recurrent weights `W`."""
         return self.cell.linear
 
-    def output(self, solution: Solution) -> Array:
+    def output(self, solution: Solution) -> Float[Array, "batch ..."]:
         """Returns `h* = φ(z*)` of a solution, or what `on_failure` says."""
         h = self.activation.fn(self._outcome(solution))
         return h if self.hidden.dtype is None else h.astype(self.hidden.dtype)
@@ -323,7 +346,7 @@ class Hidden(nnx.Module):
     def __init__(self, activation: Activation, linear: Dense | Conv):
         self.activation, self.linear = activation, linear
 
-    def __call__(self, z: Array) -> Array:
+    def __call__(self, z: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
         """Applies both."""
         return self.linear(self.activation.fn(z))
 

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float, Num
 
 from nt_deq import _checks
 from nt_deq.convolution import convolve
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.solver import at_least_single
 from nt_deq.flax.spectral_norm import convolution_norm, dense_norm
+from nt_deq.typing import Inputs, Real
 
-PADDINGS = ("SAME", "CIRCULAR", "VALID")
+Parameterization: TypeAlias = Literal["ntk", "standard"]
+Padding: TypeAlias = Literal["SAME", "CIRCULAR", "VALID"]
 
 
 class _Linear(nnx.Module):
@@ -32,7 +36,7 @@ class _Linear(nnx.Module):
         self, shape, W_std, b_std, parameterization, spectral_bound, dtype, param_dtype, rngs
     ):
         _checks.standard_deviations(W_std=W_std, b_std=0.0 if b_std is None else b_std)
-        if parameterization not in ("ntk", "standard"):
+        if parameterization not in get_args(Parameterization):
             raise ArgumentError(
                 f"parameterization={parameterization!r} must be 'ntk' or 'standard'."
             )
@@ -57,17 +61,17 @@ class _Linear(nnx.Module):
             self.b = nnx.Param(b * b_std if standard else b)
 
     @property
-    def scale(self) -> float | Array:
+    def scale(self) -> Real:
         """What the parameter `W` is multiplied by in the forward pass."""
         if self.parameterization == "standard":
             return 1.0
         return self.W_std / math.prod(self.W.shape[:-1]) ** 0.5
 
-    def _norm(self, W: Array, space: tuple[int, ...]) -> Array:
+    def _norm(self, W: Float[Array, ...], space: tuple[int, ...]) -> Float[Array, ""]:
         """An upper bound of the norm of `x -> x ∗ W`."""
         raise NotImplementedError
 
-    def bounded(self, space: tuple[int, ...]) -> Array:
+    def bounded(self, space: tuple[int, ...]) -> Float[Array, "*space in_features out_features"]:
         """`W`, scaled down so that the layer's linear map has a norm of at most `spectral_bound`.
 
         Args:
@@ -81,11 +85,11 @@ class _Linear(nnx.Module):
         factor = jnp.where(small, 1, self.spectral_bound / jnp.where(small, 1, norm))
         return W * factor.astype(W.dtype)
 
-    def _operands(self, x: Array, space: tuple[int, ...] = ()) -> tuple[Array, Array]:
+    def _operands(self, x: Inputs, space: tuple[int, ...] = ()) -> tuple[Array, Array]:
         """`x` and `W` in the dtype of the product."""
         W = self.bounded(space)
         dtype = jnp.promote_types(x.dtype, W.dtype) if self.dtype is None else self.dtype
-        return x.astype(dtype), W.astype(dtype)
+        return jnp.asarray(x, dtype), W.astype(dtype)
 
     def _affine(self, product: Array) -> Array:
         """Scales `x ∗ W` and adds the bias."""
@@ -95,7 +99,7 @@ class _Linear(nnx.Module):
         if self.b_std is None:
             return y
         b = self.b[...] if self.parameterization == "standard" else self.b_std * self.b[...]
-        return y + b.astype(y.dtype)
+        return y + jnp.broadcast_to(b.astype(y.dtype), y.shape)
 
 
 class Dense(_Linear):
@@ -127,9 +131,9 @@ class Dense(_Linear):
         in_features: int,
         out_features: int,
         *,
-        W_std: float = 1.0,
-        b_std: float | None = None,
-        parameterization: str = "ntk",
+        W_std: Real = 1.0,
+        b_std: Real | None = None,
+        parameterization: Parameterization = "ntk",
         spectral_bound: float | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
@@ -142,11 +146,11 @@ class Dense(_Linear):
             *(W_std, b_std, parameterization, spectral_bound, dtype, param_dtype, rngs),
         )
 
-    def _norm(self, W: Array, space: tuple[int, ...]) -> Array:
+    def _norm(self, W: Float[Array, ...], space: tuple[int, ...]) -> Float[Array, ""]:
         del space
         return dense_norm(W)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Inputs, "*batch in_features"]) -> Float[Array, "*batch out_features"]:
         """Applies the layer to `x`, `(..., in_features)`."""
         _checks.features("x", x, self.W.shape[0])
         return self._affine(jnp.matmul(*self._operands(x), precision="highest"))
@@ -182,10 +186,10 @@ class Conv(_Linear):
         out_features: int,
         kernel_size: Sequence[int],
         *,
-        padding: str = "SAME",
-        W_std: float = 1.0,
-        b_std: float | None = None,
-        parameterization: str = "ntk",
+        padding: Padding = "SAME",
+        W_std: Real = 1.0,
+        b_std: Real | None = None,
+        parameterization: Parameterization = "ntk",
         spectral_bound: float | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
@@ -199,18 +203,21 @@ class Conv(_Linear):
             )
         for size in kernel_size:
             _checks.count("kernel_size", size)
-        if padding not in PADDINGS:
-            raise ArgumentError(f"padding={padding!r} must be one of {', '.join(PADDINGS)}.")
+        if padding not in get_args(Padding):
+            known = ", ".join(get_args(Padding))
+            raise ArgumentError(f"padding={padding!r} must be one of {known}.")
         self.padding = padding
         shape = (*kernel_size, in_features, out_features)
         super().__init__(
             shape, W_std, b_std, parameterization, spectral_bound, dtype, param_dtype, rngs
         )
 
-    def _norm(self, W: Array, space: tuple[int, ...]) -> Array:
+    def _norm(self, W: Float[Array, ...], space: tuple[int, ...]) -> Float[Array, ""]:
         return convolution_norm(W, space, self.padding)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Num[Inputs, "batch ... in_features"]
+    ) -> Float[Array, "batch ... out_features"]:
         """Applies the layer to `x`, `(batch, ..., in_features)`."""
         sizes = self.W.shape[:-2]
         _checks.features("x", x, self.W.shape[-2])

@@ -12,11 +12,12 @@ from functools import reduce
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Inexact
 
 PRODUCTS = 5  # each doubles the power and costs as much as W W
 
 
-def dense_norm(W: Array) -> Array:
+def dense_norm(W: Inexact[Array, "*stack m n"]) -> Float[Array, "*stack"]:
     """An upper bound of the 2-norm of a matrix, or of each in a stack, `(..., m, n) -> (...)`.
 
     It is at most `min(m, n)^(1/64)` times the norm: 10 per cent above for 512 equal singular
@@ -37,10 +38,12 @@ def _unit(W: Array) -> tuple[Array, Array]:
     """The matrices of Frobenius norm 1, and the norms, which at 0 are the smallest number."""
     square = jnp.sum(jnp.square(jnp.abs(W)), axis=(-2, -1))
     size = jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))
-    return W / size[..., None, None], size
+    return W / size[..., None, None].astype(W.dtype), size
 
 
-def convolution_norm(W: Array, space: Sequence[int], padding: str) -> Array:
+def convolution_norm(
+    W: Float[Array, "*sizes in_features out_features"], space: Sequence[int], padding: str
+) -> Float[Array, ""]:
     """An upper bound of the 2-norm of a convolution as a map of images.
 
     On a torus the convolution is one matrix for each frequency, over the channels; with zeros
