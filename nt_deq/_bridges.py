@@ -22,9 +22,13 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from jaxtyping import PyTree
 
 _JAX_FLOOR, _JAX_CEILING = (0, 5, 3), (0, 11, 0)
 _NEURAL_TANGENTS = "0.6.5"
@@ -109,7 +113,7 @@ def _check_versions() -> None:
 
 
 @contextlib.contextmanager
-def _lend(module_name: str, **names: Any) -> Iterator[bool]:
+def _lend(module_name: str, **names: object) -> Iterator[bool]:
     """Gives a JAX module the names that it lacks, and itself if need be, for a while."""
     with contextlib.ExitStack() as undo:
         try:
@@ -203,7 +207,7 @@ _LOANS: dict[str, Callable[[], AbstractContextManager[bool]]] = {
 class _Overlay(types.ModuleType):
     """A module seen through, with a few names put over it."""
 
-    def __init__(self, base: types.ModuleType, names: dict[str, Any]):
+    def __init__(self, base: types.ModuleType, names: Mapping[str, object]):
         super().__init__(base.__name__)
         vars(self).update(names, _base=base)
 
@@ -211,7 +215,7 @@ class _Overlay(types.ModuleType):
         return getattr(vars(self)["_base"], name)
 
 
-def _overlay(owner: types.ModuleType, module: str, **names: Any) -> None:
+def _overlay(owner: types.ModuleType, module: str, **names: object) -> None:
     """Puts names over `owner.module` as `owner`, a module of neural-tangents, sees it."""
     setattr(owner, module, _Overlay(getattr(owner, module), names))
 
@@ -394,7 +398,7 @@ def enable_x64(enabled: bool) -> AbstractContextManager[None]:
     return context(enabled)
 
 
-def shard_map(fn: Callable, mesh: Any, in_specs: Any, out_specs: Any) -> Callable:
+def shard_map(fn: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:
     """JAX's `shard_map` without its check of replication, which loops of kernels do not pass."""
     import jax
 

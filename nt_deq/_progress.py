@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import cast
 
 from tqdm import tqdm
 
@@ -22,13 +23,30 @@ class _Lines:
         """Every line was flushed."""
 
 
-def progress_bar(*args: Any, **options: Any) -> tqdm:
-    """`tqdm(*args, **options)`: a bar on a terminal; in a log, a line every ten seconds.
+def progress_bar(
+    iterable: Iterable | None = None,
+    desc: str | None = None,
+    *,
+    total: int | None = None,
+    initial: int = 0,
+    unit: str = "it",
+    disable: bool = False,
+) -> tqdm:
+    """tqdm's: a bar on a terminal; in a log, a line every ten seconds.
 
     Of what is done before that nothing is shown.
     """
+    given = {"total": total, "initial": initial, "unit": unit, "disable": disable}
+    make = cast(Callable[..., tqdm], tqdm)  # typed for an iterable or for none, not for either
     if sys.stderr.isatty():
-        return tqdm(*args, file=sys.stderr, delay=QUIET, **options)
-    return tqdm(
-        *args, file=_Lines(), mininterval=_SECONDS, delay=_SECONDS, ascii=True, ncols=80, **options
+        return make(iterable, desc, file=sys.stderr, delay=QUIET, **given)
+    return make(
+        iterable,
+        desc,
+        **given,
+        file=_Lines(),
+        mininterval=_SECONDS,
+        delay=_SECONDS,
+        ascii=True,
+        ncols=80,
     )

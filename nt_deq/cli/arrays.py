@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Real, Shaped
 
 from nt_deq.cli import csv_files
 from nt_deq.cli.files import whole
@@ -22,7 +23,7 @@ Task = Literal["auto", "regress", "classify"]
 _MANY = 20  # values: more of them are hardly labels, and fewer whole numbers hardly measurements
 
 
-def read_inputs(path: str) -> np.ndarray:
+def read_inputs(path: str) -> Real[np.ndarray, "n d"]:
     """Reads inputs `(n, d)`."""
     x = csv_files.read_numbers(path) if csv_files.is_csv(path) else _read_npy(path, "fiu")
     if x.ndim != 2 or 0 in x.shape:
@@ -36,7 +37,9 @@ def read_inputs(path: str) -> np.ndarray:
     return x
 
 
-def read_input_pair(path: str, other: str) -> tuple[np.ndarray, np.ndarray]:
+def read_input_pair(
+    path: str, other: str
+) -> tuple[Real[np.ndarray, "n d"], Real[np.ndarray, "m d"]]:
     """Reads inputs `(n, d)` and others `(m, d)`, which have the same columns."""
     x, others = read_inputs(path), read_inputs(other)
     if x.shape[1] != others.shape[1]:
@@ -64,7 +67,7 @@ def add_task_argument(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def read_targets(path: str, n: int, task: Task = "auto") -> np.ndarray:
+def read_targets(path: str, n: int, task: Task = "auto") -> Shaped[np.ndarray, "n ..."]:
     """Reads the targets of `n` inputs.
 
     Args:
@@ -155,7 +158,7 @@ def _read_npy(path: str, kinds: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def new(path: str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+def new(path: str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Shaped[np.ndarray, ...]]:
     """An array on disk to fill, which is at `path` when it is complete."""
     with whole(path) as temporary:
         size = int(np.prod(shape)) * dtype.itemsize
@@ -169,7 +172,7 @@ def new(path: str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarr
         array.flush()
 
 
-def write(path: str, array: np.ndarray, names: list[str]) -> None:
+def write(path: str, array: Shaped[np.ndarray, "n ..."], names: list[str]) -> None:
     """Writes an array `(n,)` or `(n, C)`; as a table with these names if `path` is one's."""
     with whole(path) as temporary:
         if csv_files.is_csv(path):

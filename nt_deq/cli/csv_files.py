@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+from jaxtyping import Float, Shaped
 
 from nt_deq.errors import InputError
 
@@ -30,7 +31,7 @@ def read_names(path: str) -> list[str] | None:
         return _begin(path, stream)[1]
 
 
-def read_numbers(path: str) -> np.ndarray:
+def read_numbers(path: str) -> Float[np.ndarray, "rows columns"]:
     """Reads numbers `(n, d)`, float64.
 
     Raises:
@@ -48,7 +49,7 @@ def read_numbers(path: str) -> np.ndarray:
             raise InputError(message) from None
 
 
-def read_cells(path: str, n: int) -> np.ndarray:
+def read_cells(path: str, n: int) -> Shaped[np.ndarray, "n columns"]:
     """Reads cells `(n, d)` as text.
 
     Where they are labels in words, only their number says whether the first line is a header.
@@ -73,7 +74,9 @@ def read_cells(path: str, n: int) -> np.ndarray:
     return np.array(rows)
 
 
-def write(path: Path, array: np.ndarray, names: Sequence[str], delimiter: str = ",") -> None:
+def write(
+    path: Path, array: Shaped[np.ndarray, "n ..."], names: Sequence[str], delimiter: str = ","
+) -> None:
     """Writes `(n, d)` or `(n,)` under `d` names, or one."""
     with open(path, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")

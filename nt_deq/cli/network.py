@@ -5,9 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ACTIVATIONS = "relu, leaky_relu, abs, erf, gelu, sin, cos, identity, tanh, sigmoid, softplus, silu"
+
+
+class Options(TypedDict):
+    """The arguments of `nt_deq.deq_kernel` and `nt_deq.deq_network`."""
+
+    W_std: float
+    U_std: float
+    b_std: float
+    activation: str
 
 
 def add_arguments(parser: argparse.ArgumentParser, W_std: float = 0.8) -> None:
@@ -20,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, W_std: float = 0.8) -> None:
     add_input_arguments(group)
 
 
-def add_input_arguments(group: Any) -> None:
+def add_input_arguments(group: argparse._ActionsContainer) -> None:
     """Adds all of these flags but `--W-std`."""
     group.add_argument(
         "--U-std", type=float, default=1.0, metavar="S",
@@ -36,21 +48,20 @@ def add_input_arguments(group: Any) -> None:
     group.add_argument("--x64", action="store_true", help="compute in float64 (default float32)")
 
 
-def options(args: argparse.Namespace) -> dict[str, Any]:
+def options(args: argparse.Namespace) -> Options:
     """The arguments of `nt_deq.deq_kernel`, checked."""
     from nt_deq import _checks
     from nt_deq.activations import get_activation
 
     get_activation(args.activation)
-    stds = {name: getattr(args, name) for name in ("W_std", "U_std", "b_std")}
     _checks.standard_deviations(
-        **{f"--{name.replace('_', '-')}": value for name, value in stds.items()}
+        **{"--W-std": args.W_std, "--U-std": args.U_std, "--b-std": args.b_std}
     )
-    return {**stds, "activation": args.activation}
+    return Options(W_std=args.W_std, U_std=args.U_std, b_std=args.b_std, activation=args.activation)
 
 
 @contextlib.contextmanager
-def precision(args: argparse.Namespace) -> Iterator[Any]:
+def precision(args: argparse.Namespace) -> Iterator[np.dtype]:
     """Computes in the precision asked for, and gives its NumPy dtype."""
     import numpy as np
 

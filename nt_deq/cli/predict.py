@@ -22,6 +22,7 @@ import argparse
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Real, Shaped
 
 from nt_deq.cli import arrays, network, quality
 from nt_deq.cli.files import check_outputs
@@ -72,9 +73,9 @@ class Problem(NamedTuple):
       y_test: those of the test inputs, -1 for a label not in `classes`; `None` if not known.
     """
 
-    y: np.ndarray
-    classes: np.ndarray | None
-    y_test: np.ndarray | None
+    y: Real[np.ndarray, "n ..."]
+    classes: Shaped[np.ndarray, " C"] | None
+    y_test: Real[np.ndarray, "m ..."] | None
 
 
 def run(args: argparse.Namespace) -> None:

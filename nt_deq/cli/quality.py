@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float, Int
 
 
-def of_numbers(found: np.ndarray, y: np.ndarray) -> str:
+def of_numbers(found: Float[np.ndarray, "n ..."], y: Float[np.ndarray, "n ..."]) -> str:
     """Tells R² and the root mean square error of predictions `(n,)` or `(n, C)`."""
     error = np.mean((found - y) ** 2)
     variance = np.mean((y - y.mean(axis=0)) ** 2)
@@ -14,7 +15,9 @@ def of_numbers(found: np.ndarray, y: np.ndarray) -> str:
 
 
 def of_labels(
-    found: np.ndarray, labels: np.ndarray, log_probabilities: np.ndarray | None = None
+    found: Int[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"],
+    log_probabilities: Float[np.ndarray, "n C"] | None = None,
 ) -> str:
     """Tells the accuracy, and of log-probabilities `(n, C)` the mean log loss.
 

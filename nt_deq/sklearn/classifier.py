@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from jaxtyping import Float, Shaped
+from numpy.typing import ArrayLike
 from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import validate_data
 
 from nt_deq.errors import ArgumentError
 from nt_deq.gp.calibration import calibrate, log_probabilities
 from nt_deq.sklearn import programs
-from nt_deq.sklearn.process import FLOATS, DEQProcess, observed
+from nt_deq.sklearn.process import FLOATS, DEQProcess, observed, validate_data
 
 
 class DEQClassifier(ClassifierMixin, DEQProcess):
@@ -34,7 +33,9 @@ class DEQClassifier(ClassifierMixin, DEQProcess):
       calibration_: `(α, β)`.
     """
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> DEQClassifier:
+    def fit(
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> DEQClassifier:
         """Fits.
 
         Args:
@@ -46,9 +47,9 @@ class DEQClassifier(ClassifierMixin, DEQProcess):
         Raises:
           ValueError, RuntimeError: those of `nt_deq.gp.log_marginal_likelihood`.
         """
-        X, y = validate_data(self, X, y, dtype=FLOATS)
-        check_classification_targets(y)
-        X, y, weights = observed(X, y, sample_weight)
+        inputs, targets = validate_data(self, X, y, dtype=FLOATS)
+        check_classification_targets(targets)
+        X, y, weights = observed(inputs, targets, sample_weight)
         self.classes_, labels = np.unique(y, return_inverse=True)
         count = len(self.classes_)
         if count < 2:
@@ -61,15 +62,15 @@ class DEQClassifier(ClassifierMixin, DEQProcess):
         self.calibration_ = calibrate(mean, variance, labels[rows], weights[rows])
         return self
 
-    def predict_log_proba(self, X: Any) -> np.ndarray:
+    def predict_log_proba(self, X: ArrayLike) -> Float[np.ndarray, "m C"]:
         """Returns the logarithm of `predict_proba(X)`, `(m, C)`."""
         return log_probabilities(*self._predict_process(X), *self.calibration_)
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: ArrayLike) -> Float[np.ndarray, "m C"]:
         """Returns the probability of every one of `classes_`, `(m, C)`."""
         return np.exp(self.predict_log_proba(X))
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: ArrayLike) -> Shaped[np.ndarray, " m"]:
         """Returns the most probable labels, `(m,)`."""
         most_probable = self.predict_log_proba(X).argmax(axis=1)
         return self.classes_[most_probable]

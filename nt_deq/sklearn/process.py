@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Float, PyTree, Shaped
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+from sklearn.utils.validation import validate_data as _validate_data
 
 from nt_deq import _checks, gp
 from nt_deq._batches import by_batches
-from nt_deq.activations import Activation, get_activation
+from nt_deq.activations import Phi, get_activation
 from nt_deq.errors import ArgumentError, NoEquilibriumError
 from nt_deq.regression import KernelRegression
 from nt_deq.sklearn import programs
 from nt_deq.sklearn.padding import pad, pad_features
-from nt_deq.typing import Get
+from nt_deq.typing import Get, KernelFn
+
+# A type checker takes its defaults, which are words, for its types.
+validate_data = cast(Callable[..., PyTree], _validate_data)
 
 FLOATS = [np.float64, np.float32]
 _LEAST_NOISE = 1e-8  # of targets with variance 1
@@ -33,8 +39,8 @@ _TEST = 4096  # inputs predicted at once
 
 
 def observed(
-    X: np.ndarray, y: np.ndarray, sample_weight: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    X: Float[np.ndarray, "n d"], y: Shaped[np.ndarray, "n ..."], sample_weight: ArrayLike | None
+) -> tuple[Float[np.ndarray, "rows d"], Shaped[np.ndarray, "rows ..."], Float[np.ndarray, " rows"]]:
     """The rows that were observed, and how often.
 
     Raises:
@@ -57,12 +63,12 @@ class DEQProcess(BaseEstimator):
         U_std: float = 1.0,
         b_std: float = 0.1,
         V_std: float = 1.0,
-        activation: str | Activation | Callable[[Array], Array] = "relu",
+        activation: Phi = "relu",
         noise: float = 0.1,
         optimize: bool = True,
         *,
         standardize: bool = True,
-        length_scale: Any = 1.0,
+        length_scale: ArrayLike = 1.0,
         n_restarts_optimizer: int = 0,
         max_exact: int = 1000,
         random_state: int | np.random.RandomState | None = None,
@@ -82,7 +88,7 @@ class DEQProcess(BaseEstimator):
         self.random_state = random_state
 
     def __getstate__(self):
-        state: Any = super().__getstate__()
+        state = cast(dict, super().__getstate__())
         state = {name: value for name, value in state.items() if name != "_regression"}  # programs
         if callable(self.activation):  # a function of JAX does not pickle, its Activation does
             state["activation"] = get_activation(self.activation)
@@ -107,13 +113,13 @@ class DEQProcess(BaseEstimator):
                 self._regression = self._fit_regression()
         return rows
 
-    def _check_parameters(self, features: int) -> dict[str, Any]:
+    def _check_parameters(self, features: int) -> programs.Hyperparameters:
         """The hyper-parameters as given; an error names an argument of the estimator."""
         _checks.kernel_name(self.get)
         _checks.count("max_exact", self.max_exact)
         if self.n_restarts_optimizer < 0:
             raise ArgumentError(f"n_restarts_optimizer={self.n_restarts_optimizer} must be >= 0.")
-        values: dict[str, Any] = {
+        values: programs.Hyperparameters = {
             name: getattr(self, name) for name in ("W_std", "U_std", "b_std", "V_std")
         }
         _checks.standard_deviations(**values)
@@ -187,18 +193,18 @@ class DEQProcess(BaseEstimator):
             )
         self.hyperparameters_ = programs.nested(values | self.optimum_.parameters)
 
-    def _kernel_fn(self) -> Callable[..., Any]:
+    def _kernel_fn(self) -> KernelFn:
         """The stax `kernel_fn` of standardised inputs."""
         make = programs.make_kernel(get_activation(self.activation))
         return make(programs.flat(self.hyperparameters_))
 
-    def _evaluate(self, fn: Any, *args: Any) -> Any:
+    def _evaluate(self, fn: Callable[..., PyTree], *args: np.ndarray) -> PyTree:
         """A compiled function of the process; NaN is an error, which says why."""
         make = programs.make_kernel(get_activation(self.activation))
-        args = (make, self.get, programs.flat(self.hyperparameters_), self._problem, *args)
-        found = jax.tree.map(np.asarray, fn(*args))
+        given = (make, self.get, programs.flat(self.hyperparameters_), self._problem, *args)
+        found = jax.tree.map(np.asarray, fn(*given))
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):
-            fn.__wrapped__(*args)  # which says what is wrong
+            inspect.unwrap(fn)(*given)  # which says what is wrong
             raise FloatingPointError("the Gaussian process is NaN or infinite.")
         return found
 
@@ -219,7 +225,9 @@ class DEQProcess(BaseEstimator):
         regression = KernelRegression(covariance, "nngp", relative_noise, progress=False)
         return regression.fit(x, root * self._targets)
 
-    def _predict_process(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _predict_process(
+        self, X: ArrayLike
+    ) -> tuple[Float[np.ndarray, "m C"], Float[np.ndarray, " m"]]:
         """Mean `(m, C)` and variance `(m,)` of the function.
 
         Raises:

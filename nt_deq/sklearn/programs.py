@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float, PyTree
 from threadpoolctl import threadpool_limits
 
 from nt_deq import gp
 from nt_deq._bridges import enable_x64
 from nt_deq.activations import Activation
 from nt_deq.networks import deq_network
-from nt_deq.typing import KernelFn
+from nt_deq.typing import MakeKernel, Real
+
+Hyperparameters: TypeAlias = dict[str, PyTree[float | Float[np.ndarray, " d"]]]
+"""By their names; the length scale may be one for each feature."""
 
 LENGTH_SCALE = "length_scale_{}"  # of feature number {}, where each has its own
 
@@ -32,7 +37,7 @@ def exactly() -> Iterator[None]:
         yield
 
 
-def flat(hyperparameters: Mapping[str, Any]) -> dict[str, float]:
+def flat(hyperparameters: Hyperparameters) -> dict[str, float]:
     """Hyper-parameters one by one: length scales of their own are `length_scale_0` and so on."""
     found = dict(hyperparameters)
     if np.ndim(found["length_scale"]):
@@ -40,7 +45,7 @@ def flat(hyperparameters: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def nested(values: Mapping[str, float]) -> dict[str, Any]:
+def nested(values: Mapping[str, float]) -> Hyperparameters:
     """The inverse of `flat`."""
     if "length_scale" in values:
         return dict(values)
@@ -50,7 +55,7 @@ def nested(values: Mapping[str, float]) -> dict[str, Any]:
     return found | {"length_scale": np.array(scales)}
 
 
-def length_scales(p: Mapping[str, Any], features: int) -> Any:
+def length_scales(p: Mapping[str, Real], features: int) -> Real | Float[Array, " features"]:
     """The length scale of each of so many features, 1 of filling ones, or the one of all."""
     if "length_scale" in p:
         return p["length_scale"]
@@ -59,9 +64,7 @@ def length_scales(p: Mapping[str, Any], features: int) -> Any:
 
 
 @lru_cache(maxsize=128)  # the same function again is a program that is compiled already
-def make_kernel(
-    activation: Activation, fixed: tuple[tuple[str, float], ...] = ()
-) -> Callable[[Mapping[str, Any]], KernelFn]:
+def make_kernel(activation: Activation, fixed: tuple[tuple[str, float], ...] = ()) -> MakeKernel:
     """Makes a `kernel_fn` of flat hyper-parameters, besides those that are fixed."""
 
     def make(p):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, overload
 
 import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
 from sklearn.base import RegressorMixin
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.validation import validate_data
 
-from nt_deq.sklearn.process import FLOATS, DEQProcess, observed
+from nt_deq.sklearn.process import FLOATS, DEQProcess, observed, validate_data
 
 
 class DEQRegressor(RegressorMixin, DEQProcess):
@@ -57,7 +58,9 @@ class DEQRegressor(RegressorMixin, DEQProcess):
         tags.target_tags.multi_output = True
         return tags
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> DEQRegressor:
+    def fit(
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> DEQRegressor:
         """Fits.
 
         Args:
@@ -69,15 +72,27 @@ class DEQRegressor(RegressorMixin, DEQProcess):
         Raises:
           ValueError, RuntimeError: those of `nt_deq.gp.log_marginal_likelihood`.
         """
-        X, y = validate_data(self, X, y, dtype=FLOATS, multi_output=True, y_numeric=True)
-        X, y, weights = observed(X, np.asarray(y, np.float64), sample_weight)
+        inputs, targets = validate_data(self, X, y, dtype=FLOATS, multi_output=True, y_numeric=True)
+        X, y, weights = observed(inputs, np.asarray(targets, np.float64), sample_weight)
         self._shape = y.shape[1:]
         y = y.reshape(len(y), -1)
         self._target_scaler = StandardScaler().fit(y, sample_weight=weights)
         self._fit_process(X, np.asarray(self._target_scaler.transform(y)), weights)
         return self
 
-    def predict(self, X: Any, return_std: bool = False, *, include_noise: bool = False) -> Any:
+    @overload
+    def predict(
+        self, X: ArrayLike, return_std: Literal[False] = False, *, include_noise: bool = False
+    ) -> Float[np.ndarray, "m ..."]: ...
+
+    @overload
+    def predict(
+        self, X: ArrayLike, return_std: Literal[True], *, include_noise: bool = False
+    ) -> tuple[Float[np.ndarray, "m ..."], Float[np.ndarray, "m ..."]]: ...
+
+    def predict(
+        self, X: ArrayLike, return_std: bool = False, *, include_noise: bool = False
+    ) -> Float[np.ndarray, "m ..."] | tuple[Float[np.ndarray, "m ..."], Float[np.ndarray, "m ..."]]:
         """Predicts.
 
         Args:
