@@ -8,13 +8,15 @@ import pytest
 import nt_deq  # noqa: F401  # before any test imports neural_tangents
 
 # Shapes and types of the arguments and results of every call.
-jaxtyping.install_import_hook(["nt_deq.activations", "nt_deq.theory"], "typecheck.checked")
+jaxtyping.install_import_hook("nt_deq", "typecheck.checked")
+
+STRICT = ("activations", "fixed_point", "flax", "gp", "kernels", "theory")
 
 
 @pytest.fixture
 def x64():
     """Runs the test in float64."""
-    before = jax.config.jax_enable_x64
+    before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
@@ -23,7 +25,7 @@ def x64():
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     """Runs the test in float32 and in float64."""
-    before = jax.config.jax_enable_x64
+    before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", request.param == "float64")
     yield np.dtype(request.param)
     jax.config.update("jax_enable_x64", before)
@@ -35,3 +37,20 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def no_promotion(request):
+    """In tests of what computes, no arrays of different ranks or dtypes meet by accident."""
+    if request.path.parent.name not in STRICT:
+        yield
+        return
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def promotion(no_promotion):
+    """Ranks and dtypes are promoted: by neural-tangents, by optax, or by the test itself."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

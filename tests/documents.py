@@ -86,8 +86,8 @@ def _agree(said: str, expected: str) -> bool:
 
 
 def _agree_but_for_numbers(said: str, expected: str) -> bool:
-    said, expected = (_NUMBER.sub("#", s).split() for s in (said, expected))
-    return said == expected
+    words = [_NUMBER.sub("#", text).split() for text in (said, expected)]
+    return words[0] == words[1]
 
 
 def _check_finite(namespace: dict) -> None:

@@ -32,7 +32,7 @@ _, _, kernel_fn = stax.serial(stax.DEQ(8, W_std=0.6), stax.Dense(1))
 ntk = kernel_fn(x, None, "ntk")[0, 1]
 assert abs(ntk - -0.0730514147) < 1e-6, ntk  # by quadrature
 predict_fn = nt.predict.gradient_descent_mse_ensemble(kernel_fn, x, x[:, :1], diag_reg=0.0)
-assert abs(predict_fn(x_test=x, get="ntk") - x[:, :1]).max() < 1e-4
+assert abs(jax.numpy.subtract(predict_fn(x_test=x, get="ntk"), x[:, :1])).max() < 1e-4
 
 # Eagerly, with every optimisation of the compiler, at a size that has crashed it.
 conv = stax.Conv(8, (3, 3), padding="SAME", W_std=0.9)

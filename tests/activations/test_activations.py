@@ -317,7 +317,7 @@ def test_activations_of_one_formula_are_equal_and_compile_once():
         variance(activation, jnp.ones(2))
         assert activation == made_twice()[0]
         assert hash(activation) == hash(made_twice()[0])
-    assert variance._cache_size() == 1
+    assert variance._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
     assert piecewise_linear("x", 0, 1) == ACTIVATIONS["relu"] != piecewise_linear("relu", 0.0, 2.0)
 
 
@@ -337,7 +337,7 @@ def test_an_activation_that_closes_over_a_traced_value_is_refused(transform):
 
 def test_an_activation_that_is_not_hashable_is_refused():
     class Unhashable:
-        __hash__ = None
+        __hash__ = None  # pyright: ignore[reportAssignmentType]
 
         def __call__(self, z):
             return jnp.tanh(z)

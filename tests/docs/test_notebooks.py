@@ -43,8 +43,8 @@ def test_committed_outputs(path):
 @pytest.mark.slow  # `make notebooks` runs it
 @every_notebook
 def test_it_runs_from_top_to_bottom(path, tmp_path):
-    import nbformat
-    from nbclient import NotebookClient
+    import nbformat  # pyright: ignore[reportMissingImports]
+    from nbclient import NotebookClient  # pyright: ignore[reportMissingImports]
 
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(

@@ -58,8 +58,12 @@ def test_on_failure_says_what_becomes_of_the_samples():
     with pytest.raises(NotConvergedError, match=r"1 of 2 samples \(the first is row 1"):
         solve(slope, u)
     assert np.isnan(traced(slope, u)[1]).all()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_another_on_failure_is_refused():
     with pytest.raises(ValueError, match="on_failure='ignore' must be one of"):
-        solve(slope, u, on_failure="ignore")
+        solve(*problem(0.5, 2.0), on_failure="ignore")
 
 
 @pytest.mark.parametrize("adjoint", [ImplicitAdjoint(), PhantomAdjoint()])

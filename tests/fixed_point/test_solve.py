@@ -252,6 +252,7 @@ def test_a_solver_of_optimistix_says_how_it_went_too():
         (lambda u: equilibrium(lambda z, _: z[:, :1], u), r"float32\[4, 1\] of float32\[4, 20\]"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make(jnp.ones((4, 20)))

@@ -66,6 +66,7 @@ def train(channels, epochs, batches=N_TRAIN // BATCH, seed=0, learning_rate=3e-3
     return np.array(losses), network, (x[test], y[test]), np.median(seconds[1:])
 
 
+@pytest.mark.usefixtures("promotion")
 def test_an_ordinary_script_learns():
     losses, network, (x, y), _ = train(8, 4, learning_rate=0.02, W_std=0.8, lipschitz=0.9)
     assert np.isfinite(losses).all()

@@ -494,6 +494,7 @@ def test_cells_without_a_kernel_are_refused(cell, inject, message):
         jax.jit(lambda x: kernel_fn(x, None, "nngp"))(x)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_solvers_that_do_not_fit_are_refused():
     x, _ = pair(SEQUENCES)
     with pytest.raises(ValueError, match="which the layer couples"):

@@ -1,5 +1,8 @@
 """`deq_kernel` against closed forms, the table of the design, unrolled layers and differences."""
 
+# neural-tangents types a kernel as any tree of kernels.
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+
 import warnings
 from functools import partial
 
@@ -221,6 +224,7 @@ def test_near_criticality(x64, solver):
     assert (ours.nngp_error < 1e-8 * k.max()).all()  # ε / (1 - a)² · 45
 
 
+@pytest.mark.usefixtures("promotion")
 def test_newton_takes_few_steps_and_picard_many(x64):
     x = inputs(20, 10)
     setting = dict(W_std=1.3, b_std=0.1)
@@ -459,11 +463,13 @@ def test_too_few_steps_is_an_error():
         ),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         deq_kernel(**(dict(x1=X) | arguments))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_types_are_refused():
     with pytest.raises(TypeError, match="solver='newton' is not a solver"):
         deq_kernel(X, W_std=0.5, solver="newton")
@@ -475,6 +481,7 @@ def test_bad_types_are_refused():
         Picard(max_steps=0.5)
 
 
+@pytest.mark.usefixtures("promotion")
 def test_integers_and_mixed_dtypes_are_promoted(x64):
     whole = deq_kernel(np.array([[1, 2], [3, 4]]), np.ones((1, 2), np.float32), W_std=0.5)
     assert isinstance(whole, KernelSolution)

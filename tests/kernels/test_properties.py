@@ -1,5 +1,6 @@
 """What holds of the kernel for every input: of any norm, twice, opposite, zero."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,9 +17,7 @@ EXAMPLES = settings(deadline=None, max_examples=20, derandomize=True)
 @pytest.fixture(autouse=True, scope="module")
 def x64():
     """For the references; the dtype of a kernel is that of its inputs."""
-    import jax
-
-    before = jax.config.jax_enable_x64
+    before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
@@ -72,9 +71,10 @@ def test_it_is_a_covariance(problem):
 @given(problems())
 def test_the_error_bound_bounds_the_error(problem):
     x, arguments = problem
-    single, double = (deq_kernel(x.astype(t), **arguments) for t in (np.float32, np.float64))
-    error = np.abs(np.asarray(single.nngp, float) - double.nngp)
-    assert (error <= np.asarray(single.nngp_error) + double.nngp_error).all()
+    kernels = (deq_kernel(x.astype(t), **arguments) for t in (np.float32, np.float64))
+    single, double = (jax.tree.map(np.asarray, kernel) for kernel in kernels)
+    error = np.abs(single.nngp - double.nngp)
+    assert (error <= single.nngp_error + double.nngp_error).all()
     # and is not a matter of course: within 1/(1 - J)² of the rounding of a few operations
     tight = 200 * np.finfo(np.float32).eps / (1 - float(double.rate)) ** 2 * scale_of(double.nngp)
     assert (single.nngp_error <= tight).all()

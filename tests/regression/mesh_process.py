@@ -1,5 +1,8 @@
 """One process of the tests of meshes, `mesh_process.py TASK ...`: see test_kernel_regression.py."""
 
+# A model does not tell which solver it has.
+# pyright: reportAttributeAccessIssue=false, reportFunctionMemberAccess=false
+
 import os
 import re
 import signal

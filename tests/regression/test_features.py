@@ -285,6 +285,7 @@ def test_regression_takes_a_stream_once():
     assert seen == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments():
     x, y = problem(10, np.float32)
     series = deq_series(3, **MNIST)

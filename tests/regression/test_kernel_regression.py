@@ -1,5 +1,8 @@
 """KernelRegression against neural-tangents, scikit-learn and itself, wherever the kernel is."""
 
+# A model does not tell which solver it has.
+# pyright: reportAttributeAccessIssue=false, reportFunctionMemberAccess=false
+
 import json
 import os
 import resource
@@ -202,6 +205,7 @@ def test_integers_are_numbers_to_a_regression(data):
     assert found.shape == (20,)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_labels_that_cannot_be_right(data):
     x, y, _ = data
     for labels, message in (
@@ -337,11 +341,13 @@ def test_what_cannot_be_positive_definite_or_converge(data, monkeypatch):
         ({"store": "here", "keep": "memory"}, "leave out"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_arguments_that_cannot_be_right(options, message):
     with pytest.raises(ValueError, match=message):
         KernelRegression(KERNEL_FN, **options)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_data_that_cannot_be_right(data):
     x, y, _ = data
     for bad, message in (

@@ -67,7 +67,7 @@ def layout_of(n, platform):
         memory_stats=lambda: stats if platform == "gpu" else None,
     )
     devices = np.array([device])
-    layout.mesh = types.SimpleNamespace(devices=devices)
+    vars(layout)["mesh"] = types.SimpleNamespace(devices=devices)
     return layout
 
 

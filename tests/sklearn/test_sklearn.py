@@ -1,5 +1,8 @@
 """The estimators are scikit-learn's in every respect, and `nt_deq.gp`'s in what they compute."""
 
+# scikit-learn types a clone as a container of estimators.
+# pyright: reportAttributeAccessIssue=false
+
 import copy
 import pickle
 
@@ -26,6 +29,7 @@ FIXED = [DEQRegressor(optimize=False), DEQClassifier(optimize=False)]
 STDS = {"W_std": 0.9, "U_std": 1.1, "b_std": 0.3, "V_std": 1.2}
 
 
+@pytest.mark.usefixtures("unchecked")  # any value is set for a parameter
 @parametrize_with_checks(FIXED[:1], legacy=False)
 def test_interface(estimator, check):
     """The part of scikit-learn's checks that it calls the interface."""
@@ -40,6 +44,7 @@ def equal_to_few_digits(estimator):
 
 
 @pytest.mark.slow  # hundreds of fits, to data of many shapes
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.filterwarnings("ignore")
 @parametrize_with_checks(
     [*FIXED, DEQRegressor(), DEQClassifier(get="ntk")],
@@ -273,6 +278,7 @@ def test_probabilities_of_digits_are_calibrated(max_exact):
     assert probabilities.max(axis=1).mean() == pytest.approx(accuracy, abs=0.1)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_class_and_bad_arguments_are_refused():
     x, y = data()
     with pytest.raises(ValueError, match="one class"):

@@ -1,5 +1,8 @@
 """neural-tangents computes under the bridges what it should."""
 
+# neural-tangents types a kernel as any tree of kernels.
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import nt_deq  # noqa: F401  (makes neural-tangents importable: first)

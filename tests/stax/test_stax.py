@@ -1,5 +1,8 @@
 """`stax.DEQ` as a neural-tangents layer: its kernels, its finite network, and what composes."""
 
+# neural-tangents types a kernel as any tree of kernels.
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+
 import jax
 import jax.numpy as jnp
 import neural_tangents as nt
@@ -304,6 +307,7 @@ def test_no_equilibrium():
         (lambda: stax.DEQ(8, 0.5, parameterization="mup"), "mup"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

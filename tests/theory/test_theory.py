@@ -129,6 +129,7 @@ def test_the_kernels_of_finite_depth_tend_to_that_of_the_equilibrium(setting, la
     ],
     ids=["tanh", "relu", "gelu"],
 )
+@pytest.mark.usefixtures("promotion")
 def test_the_kernel_converges_at_its_rate(setting, depth, rtol):
     limit = nt_deq.deq_kernel(X, **setting).nngp
     errors = np.abs(theory.depth_kernels(X, depths=(depth, depth + 1), **setting) - limit)
