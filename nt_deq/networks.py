@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from nt_deq import _checks, stax
 from nt_deq.activations import Phi
-from nt_deq.typing import Layer, Real
+from nt_deq.typing import Layer, Number
 
 
 def deq_network(
-    W_std: Real,
-    U_std: Real = 1.0,
-    b_std: Real = 0.0,
+    W_std: Number,
+    U_std: Number = 1.0,
+    b_std: Number = 0.0,
     activation: Phi = "relu",
-    V_std: Real = 1.0,
+    V_std: Number = 1.0,
     *,
     width: int = 1,
     outputs: int = 1,

@@ -34,7 +34,7 @@ from nt_deq.kernels.dense import Injection, dense_solver, solve_equilibrium
 from nt_deq.kernels.diagnosis import raise_unless_cell_solved, raise_unless_solved
 from nt_deq.kernels.nonlinearity import apply_dual
 from nt_deq.kernels.series import Chebyshev
-from nt_deq.typing import AnyLayer, Layer, LayerKernelFn, Real
+from nt_deq.typing import AnyLayer, Layer, LayerKernelFn, Number
 
 __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
     "DEQ",
@@ -234,9 +234,9 @@ def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -
 @_layer
 def DEQ(
     width: int,
-    W_std: Real,
-    U_std: Real = 1.0,
-    b_std: Real | None = None,
+    W_std: Number,
+    U_std: Number = 1.0,
+    b_std: Number | None = None,
     activation: Phi = "relu",
     solver: Solver | None = None,
     parameterization: Literal["ntk", "standard"] = "ntk",

@@ -20,7 +20,7 @@ from jaxtyping import Num, PyTree
 if TYPE_CHECKING:
     import neural_tangents as nt
 
-Real: TypeAlias = float | Num[Array | np.ndarray | np.number, ""]
+Number: TypeAlias = float | Num[Array | np.ndarray | np.number, ""]
 """A number, or one that is traced."""
 
 Get: TypeAlias = Literal["nngp", "ntk"]

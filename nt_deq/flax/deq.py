@@ -36,7 +36,7 @@ from nt_deq.fixed_point.solver import (
     check_solver,
 )
 from nt_deq.flax.layers import Conv, Dense, Padding, Parameterization, normalize
-from nt_deq.typing import Real
+from nt_deq.typing import Number
 
 TRAINING_RTOL = 1e-3
 
@@ -269,9 +269,9 @@ class DEQ(FixedPoint):
         in_features: int,
         width: int,
         *,
-        W_std: Real,
-        U_std: Real = 1.0,
-        b_std: Real | None = None,
+        W_std: Number,
+        U_std: Number = 1.0,
+        b_std: Number | None = None,
         activation: Phi = "relu",
         kernel_size: Sequence[int] | None = None,
         padding: Padding = "SAME",

@@ -23,7 +23,7 @@ from nt_deq.convolution import convolve
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.solver import at_least_single
 from nt_deq.flax.spectral_norm import convolution_norm, dense_norm
-from nt_deq.typing import Inputs, Real
+from nt_deq.typing import Inputs, Number
 
 Parameterization: TypeAlias = Literal["ntk", "standard"]
 Padding: TypeAlias = Literal["SAME", "CIRCULAR", "VALID"]
@@ -61,7 +61,7 @@ class _Linear(nnx.Module):
             self.b = nnx.Param(b * b_std if standard else b)
 
     @property
-    def scale(self) -> Real:
+    def scale(self) -> Number:
         """What the parameter `W` is multiplied by in the forward pass."""
         if self.parameterization == "standard":
             return 1.0
@@ -131,8 +131,8 @@ class Dense(_Linear):
         in_features: int,
         out_features: int,
         *,
-        W_std: Real = 1.0,
-        b_std: Real | None = None,
+        W_std: Number = 1.0,
+        b_std: Number | None = None,
         parameterization: Parameterization = "ntk",
         spectral_bound: float | None = None,
         dtype: DTypeLike | None = None,
@@ -187,8 +187,8 @@ class Conv(_Linear):
         kernel_size: Sequence[int],
         *,
         padding: Padding = "SAME",
-        W_std: Real = 1.0,
-        b_std: Real | None = None,
+        W_std: Number = 1.0,
+        b_std: Number | None = None,
         parameterization: Parameterization = "ntk",
         spectral_bound: float | None = None,
         dtype: DTypeLike | None = None,

@@ -15,7 +15,7 @@ from jaxtyping import Float, Real
 
 from nt_deq import _checks
 from nt_deq.errors import ArgumentError, NotPositiveDefiniteError
-from nt_deq.typing import Get, KernelFn
+from nt_deq.typing import Get, KernelFn, Number
 
 
 class Prediction(NamedTuple):
@@ -34,7 +34,7 @@ def log_marginal_likelihood(
     kernel_fn: KernelFn,
     x: Real[ArrayLike, "n ..."],
     y: Real[ArrayLike, "n ..."],
-    noise: float | Float[Array, ""],
+    noise: Number,
     get: Get = "nngp",
     weights: Real[ArrayLike, " n"] | None = None,
 ) -> Float[Array, ""]:
@@ -79,7 +79,7 @@ def leave_one_out(
     kernel_fn: KernelFn,
     x: Real[ArrayLike, "n ..."],
     y: Real[ArrayLike, "n ..."],
-    noise: float | Float[Array, ""],
+    noise: Number,
     get: Get = "nngp",
     weights: Real[ArrayLike, " n"] | None = None,
 ) -> Prediction:
@@ -111,7 +111,7 @@ def leave_one_out_loss(
     kernel_fn: KernelFn,
     x: Real[ArrayLike, "n ..."],
     y: Real[ArrayLike, "n ..."],
-    noise: float | Float[Array, ""],
+    noise: Number,
     get: Get = "nngp",
     weights: Real[ArrayLike, " n"] | None = None,
 ) -> Float[Array, ""]:
@@ -132,7 +132,7 @@ def posterior(
     kernel_fn: KernelFn,
     x: Real[ArrayLike, "n ..."],
     y: Real[ArrayLike, "n ..."],
-    noise: float | Float[Array, ""],
+    noise: Number,
     x_test: Real[ArrayLike, "m ..."],
     get: Get = "nngp",
     weights: Real[ArrayLike, " n"] | None = None,

@@ -45,7 +45,7 @@ from nt_deq.kernels.diagnosis import raise_unless_solved
 from nt_deq.kernels.error_bounds import bound_inputs, bound_pairs, gram_error
 from nt_deq.kernels.series import NEAR, Chebyshev, arc_moment, homogeneous, sine
 from nt_deq.kernels.tiles import by_tiles
-from nt_deq.typing import Real
+from nt_deq.typing import Number
 
 
 class KernelSolution(NamedTuple):
@@ -97,9 +97,9 @@ def deq_kernel(
     x1: Num[ArrayLike, "n1 d"],
     x2: Num[ArrayLike, "n2 d"] | None = None,
     *,
-    W_std: Real,
-    U_std: Real = 1.0,
-    b_std: Real = 0.0,
+    W_std: Number,
+    U_std: Number = 1.0,
+    b_std: Number = 0.0,
     activation: Phi = "relu",
     solver: Solver | None = None,
 ) -> KernelSolution:

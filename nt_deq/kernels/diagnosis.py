@@ -15,7 +15,7 @@ from nt_deq import _checks
 from nt_deq.activations import Activation
 from nt_deq.errors import ArgumentError, NoEquilibriumError, NotConvergedError
 from nt_deq.fixed_point.solver import Solver
-from nt_deq.typing import Real
+from nt_deq.typing import Number
 
 if TYPE_CHECKING:
     from nt_deq.kernels.cell import CellSolution
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def raise_unless_solved(
     activation: Activation,
     solver: Solver,
-    W_std: Real,
+    W_std: Number,
     converged: Bool[Array, "n1 n2"],
     marginals1: Marginals,
     marginals2: Marginals,

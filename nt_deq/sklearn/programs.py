@@ -18,7 +18,7 @@ from nt_deq import gp
 from nt_deq._bridges import enable_x64
 from nt_deq.activations import Activation
 from nt_deq.networks import deq_network
-from nt_deq.typing import MakeKernel, Real
+from nt_deq.typing import MakeKernel, Number
 
 Hyperparameters: TypeAlias = dict[str, PyTree[float | Float[np.ndarray, " d"]]]
 """By their names; the length scale may be one for each feature."""
@@ -55,7 +55,7 @@ def nested(values: Mapping[str, float]) -> Hyperparameters:
     return found | {"length_scale": np.array(scales)}
 
 
-def length_scales(p: Mapping[str, Real], features: int) -> Real | Float[Array, " features"]:
+def length_scales(p: Mapping[str, Number], features: int) -> Number | Float[Array, " features"]:
     """The length scale of each of so many features, 1 of filling ones, or the one of all."""
     if "length_scale" in p:
         return p["length_scale"]

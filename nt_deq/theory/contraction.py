@@ -14,10 +14,10 @@ from nt_deq import _checks
 from nt_deq.activations import Phi, get_activation
 from nt_deq.fixed_point import Picard
 from nt_deq.kernels.dense import deq_kernel, marginal_map
-from nt_deq.typing import Real
+from nt_deq.typing import Number
 
 
-def global_contraction(W_std: Real, activation: Phi = "relu") -> Real:
+def global_contraction(W_std: Number, activation: Phi = "relu") -> Number:
     """Returns `2 · W_std · Lip(φ)`: below 1, every wide network has exactly one equilibrium.
 
     The spectral norm of `W_std/√n · W` tends to `2 · W_std` (Bai & Yin 1993), so the layer then
@@ -36,9 +36,9 @@ def global_contraction(W_std: Real, activation: Phi = "relu") -> Real:
 def local_contraction(
     x: Num[ArrayLike, "n d"],
     *,
-    W_std: Real,
-    U_std: Real = 1.0,
-    b_std: Real = 0.0,
+    W_std: Number,
+    U_std: Number = 1.0,
+    b_std: Number = 0.0,
     activation: Phi = "relu",
 ) -> Float[Array, " n"]:
     """Returns `J = W_std² E[φ'(z*)²]` of every input: below 1, its equilibrium is stable.
@@ -73,9 +73,9 @@ def local_contraction(
 def convergence_rate(
     x: Num[ArrayLike, "n d"],
     *,
-    W_std: Real,
-    U_std: Real = 1.0,
-    b_std: Real = 0.0,
+    W_std: Number,
+    U_std: Number = 1.0,
+    b_std: Number = 0.0,
     activation: Phi = "relu",
 ) -> Float[Array, "n n"]:
     """Returns the factor by which a layer brings `K^l` closer to `K*`, for large `l`.

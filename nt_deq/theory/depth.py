@@ -16,7 +16,7 @@ from nt_deq import _checks
 from nt_deq.activations import Phi, get_activation
 from nt_deq.errors import ArgumentError
 from nt_deq.kernels.dense import multiply
-from nt_deq.typing import Real
+from nt_deq.typing import Number
 
 
 def depth_kernels(
@@ -25,9 +25,9 @@ def depth_kernels(
     *,
     depths: Sequence[int],
     lag: int = 0,
-    W_std: Real,
-    U_std: Real = 1.0,
-    b_std: Real = 0.0,
+    W_std: Number,
+    U_std: Number = 1.0,
+    b_std: Number = 0.0,
     activation: Phi = "relu",
 ) -> Float[Array, "depths n1 _"]:
     """Returns the covariance of `z^l(x1)` and `z^(l + lag)(x2)`: of the tied network, cut short.
@@ -70,8 +70,8 @@ def mlp_kernels(
     x2: Num[ArrayLike, "n2 d"] | None = None,
     *,
     depths: Sequence[int],
-    W_std: Real = 2**0.5,
-    b_std: Real = 0.0,
+    W_std: Number = 2**0.5,
+    b_std: Number = 0.0,
     activation: Phi = "relu",
 ) -> Float[Array, "depths n1 _"]:
     """Returns the covariance of the layer `z^l` of an untied MLP, where no input is injected.

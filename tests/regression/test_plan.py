@@ -71,6 +71,7 @@ def layout_of(n, platform):
     return layout
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_device_has_memory_of_its_own(monkeypatch):
     """A factor is made by the host, and tiles are on the device: neither takes the other's."""
     common = dict(rank=None, memory=None, outputs=10, inputs_bytes=1e8)
