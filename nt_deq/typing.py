@@ -32,8 +32,8 @@ KernelFn: TypeAlias = Callable[[Array, Array | None, Get], PyTree]
 JSON: TypeAlias = PyTree[str | bool | float | None]
 """What a JSON file can say."""
 
-Inputs: TypeAlias = Array | np.ndarray
-"""Of a network, `(n, ...)`."""
+Batch: TypeAlias = Array | np.ndarray
+"""Inputs of a network, `(n, ...)`."""
 
 MakeKernel: TypeAlias = Callable[[dict[str, PyTree]], KernelFn]
 """Makes a kernel of hyper-parameters."""
@@ -68,25 +68,25 @@ class LayerKernelFn(Protocol):
 
     @overload
     def __call__(
-        self, x1: Inputs | nt.Kernel, x2: Inputs | None = None, get: None = None, **kwargs: PyTree
+        self, x1: Batch | nt.Kernel, x2: Batch | None = None, get: None = None, **kwargs: PyTree
     ) -> nt.Kernel: ...
 
     @overload
-    def __call__(self, x1: Inputs, x2: Inputs | None, get: str, **kwargs: PyTree) -> Array: ...
+    def __call__(self, x1: Batch, x2: Batch | None, get: str, **kwargs: PyTree) -> Array: ...
 
     @overload
     def __call__(
-        self, x1: Inputs, x2: Inputs | None = None, *, get: str, **kwargs: PyTree
+        self, x1: Batch, x2: Batch | None = None, *, get: str, **kwargs: PyTree
     ) -> Array: ...
 
     @overload
     def __call__(
-        self, x1: Inputs, x2: Inputs | None, get: tuple[Get, Get], **kwargs: PyTree
+        self, x1: Batch, x2: Batch | None, get: tuple[Get, Get], **kwargs: PyTree
     ) -> Kernels: ...
 
     @overload
     def __call__(
-        self, x1: Inputs, x2: Inputs | None = None, *, get: tuple[Get, Get], **kwargs: PyTree
+        self, x1: Batch, x2: Batch | None = None, *, get: tuple[Get, Get], **kwargs: PyTree
     ) -> Kernels: ...
 
     @overload  # as neural-tangents asks for it

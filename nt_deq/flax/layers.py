@@ -23,7 +23,7 @@ from nt_deq.convolution import convolve
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.solver import at_least_single
 from nt_deq.flax.spectral_norm import convolution_norm, dense_norm
-from nt_deq.typing import Inputs, Number
+from nt_deq.typing import Batch, Number
 
 Parameterization: TypeAlias = Literal["ntk", "standard"]
 Padding: TypeAlias = Literal["SAME", "CIRCULAR", "VALID"]
@@ -85,7 +85,7 @@ class _Linear(nnx.Module):
         factor = jnp.where(small, 1, self.spectral_bound / jnp.where(small, 1, norm))
         return W * factor.astype(W.dtype)
 
-    def _operands(self, x: Inputs, space: tuple[int, ...] = ()) -> tuple[Array, Array]:
+    def _operands(self, x: Batch, space: tuple[int, ...] = ()) -> tuple[Array, Array]:
         """`x` and `W` in the dtype of the product."""
         W = self.bounded(space)
         dtype = jnp.promote_types(x.dtype, W.dtype) if self.dtype is None else self.dtype
@@ -150,7 +150,7 @@ class Dense(_Linear):
         del space
         return dense_norm(W)
 
-    def __call__(self, x: Num[Inputs, "*batch in_features"]) -> Float[Array, "*batch out_features"]:
+    def __call__(self, x: Num[Batch, "*batch in_features"]) -> Float[Array, "*batch out_features"]:
         """Applies the layer to `x`, `(..., in_features)`."""
         _checks.features("x", x, self.W.shape[0])
         return self._affine(jnp.matmul(*self._operands(x), precision="highest"))
@@ -216,7 +216,7 @@ class Conv(_Linear):
         return convolution_norm(W, space, self.padding)
 
     def __call__(
-        self, x: Num[Inputs, "batch ... in_features"]
+        self, x: Num[Batch, "batch ... in_features"]
     ) -> Float[Array, "batch ... out_features"]:
         """Applies the layer to `x`, `(batch, ..., in_features)`."""
         sizes = self.W.shape[:-2]

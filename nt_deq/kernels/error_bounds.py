@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from nt_deq.activations import Activation
 from nt_deq.fixed_point.solver import Evaluation
@@ -44,15 +46,15 @@ class Inputs(NamedTuple):
       rate_error: bound of its error.
     """
 
-    number: Array
-    injected: Array
-    variance: Array
-    variance_error: Array
-    rate: Array
-    rate_error: Array
+    number: Int[Array, " n"]
+    injected: Float[Array, " n"]
+    variance: Float[Array, " n"]
+    variance_error: Float[Array, " n"]
+    rate: Float[Array, " n"]
+    rate_error: Float[Array, " n"]
 
 
-def gram_error(features: int, dtype) -> float:
+def gram_error(features: int, dtype: DTypeLike) -> float:
     """Bound of the error of `S(x, x')`, relative to `√(S(x, x) S(x', x'))`."""
     return (2 + features**0.5) * float(jnp.finfo(dtype).eps)
 
@@ -61,10 +63,10 @@ def bound_inputs(
     activation: Activation,
     marginal: Callable[[Array], Evaluation],
     gram_error: float,
-    W_var: Array,
-    injected: Array,
-    variance: Array,
-    residual: Array,
+    W_var: Float[Array, ""],
+    injected: Float[Array, " n"],
+    variance: Float[Array, " n"],
+    residual: Float[Array, " n"],
 ) -> Inputs:
     """The inputs with what is not known of them.
 
@@ -104,11 +106,16 @@ def bound_pairs(
     activation: Activation,
     series_rtol: float | None,
     gram_error: float,
-    W_var: Array,
+    W_var: Float[Array, ""],
     inputs1: Inputs,
     inputs2: Inputs | None,
-    pairs: tuple[Array, Array, Array, Array],
-) -> tuple[Array, Array]:
+    pairs: tuple[
+        Float[Array, "n1 n2"],
+        Float[Array, "n1 n2"],
+        Float[Array, "n1 n2"],
+        Float[Array, "n1 n2"],
+    ],
+) -> tuple[Float[Array, "n1 n2"], Float[Array, "n1 n2"]]:
     """Returns bounds of the errors of `K*` and of `Θ*`, `(n1, n2)` each.
 
     Args:

@@ -20,7 +20,9 @@ from nt_deq.fixed_point.solver import rounding
 NEAR = 2.0**13
 
 
-def homogeneous(activation: Activation, W_var: Array) -> tuple[Array, Array]:
+def homogeneous(
+    activation: Activation, W_var: Float[Array, "*shape"]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """`E[φ(g)²]` of a homogeneous `φ`, and how much it bends: `V̇ = moment - bend · angle/π`."""
     one = jnp.ones_like(W_var)
     moment = activation.dual_diagonal(one)[1]
