@@ -122,7 +122,7 @@ def bisected(name: str, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
             root = np.sqrt(1 + 2 * (k1 + k2) + 4 * np.maximum((scale - c) * (scale + c), 0))
             return 2 / pi * np.arctan2(2 * c, root), 4 / pi / root
 
-        low, high = -scale, scale
+        c, low, high = scale, -scale, scale
         for _ in range(90):
             c = (low + high) / 2
             above = W_var * dual(c)[0] + s > c
@@ -133,7 +133,7 @@ def bisected(name: str, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     a = W_var * moment
     omega = W_var * bend / (1 - a)
     angle = np.arctan2(chord, opposite) * 2
-    low, high = np.zeros_like(angle), angle
+    alpha, low, high = angle, np.zeros_like(angle), angle
     target = chord**2 / 2
     for _ in range(90):
         alpha = (low + high) / 2
