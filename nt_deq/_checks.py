@@ -26,16 +26,47 @@ def rows(name: str, indices) -> str:
 def standard_deviations(**values) -> None:
     """Raises unless every value is a finite scalar of at least 0 (a traced one: a scalar)."""
     for name, value in values.items():
+        if not _is_real(value):
+            raise TypeError(
+                f"{name}={value!r} is not a real number; pass a standard deviation as a float, 0.0 "
+                "for none."
+            )
         if np.ndim(value) != 0:
             raise ArgumentError(
                 f"{name} has shape {np.shape(value)}; it is one standard deviation: pass a scalar "
                 "(jax.vmap maps over several)."
             )
-        if not is_traced(value) and not (np.isreal(value) and np.isfinite(value) and value >= 0):
+        if not is_traced(value) and not (np.isfinite(value) and value >= 0):
             raise ArgumentError(
-                f"{name}={value} has to be a finite standard deviation of at least 0 (not a "
+                f"{name}={value} must be a finite standard deviation of at least 0 (not a "
                 "variance)."
             )
+
+
+def variance(name: str, value) -> None:
+    """Raises unless `value` is a finite scalar of at least 0 (a traced one: a scalar)."""
+    known = _is_real(value) and np.ndim(value) == 0
+    if not known or not (is_traced(value) or 0 <= value < np.inf):
+        raise ArgumentError(
+            f"{name}={value!r} must be a variance: one finite number of at least 0."
+        )
+
+
+def _is_real(x) -> bool:
+    """Whether `x` is made of real numbers, or Booleans."""
+    dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+    real = (jnp.floating, jnp.integer, jnp.bool_)
+    return any(jnp.issubdtype(dtype, kind) for kind in real)
+
+
+def real_numbers(name: str, x) -> None:
+    """Raises unless `x`, an array or what is made into one, is made of real numbers."""
+    if not _is_real(x):
+        dtype = getattr(x, "dtype", None) or np.asarray(x).dtype
+        raise TypeError(
+            f"{name} is made of {dtype}; pass real numbers, as floats, and categories as a column "
+            "of 0 and 1 for each."
+        )
 
 
 def inputs(name: str, x) -> Array:
@@ -44,11 +75,10 @@ def inputs(name: str, x) -> Array:
     Numbers of half precision become float32: sums of their products and fixed points of those need
     more digits than they have.
     """
+    real_numbers(name, x)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        if jnp.issubdtype(x.dtype, jnp.complexfloating):
-            raise TypeError(f"{name} is complex ({x.dtype}); pass real inputs.")
-        x = x.astype(jnp.float_)
+        x = x.astype(jnp.zeros(()).dtype)
     if jnp.finfo(x.dtype).bits < 32:
         x = x.astype(jnp.float32)
     if x.ndim != 2 or 0 in x.shape:
@@ -81,6 +111,7 @@ def input_pair(x1, x2) -> tuple[Array, Array | None]:
 
 def examples(name: str, x) -> None:
     """Raises unless `x` has shape `(n, ...)` with `n >= 1` and is finite (if it is not traced)."""
+    real_numbers(name, x)
     if np.ndim(x) < 2 or 0 in np.shape(x):
         raise ArgumentError(
             f"{name} has shape {np.shape(x)}; pass inputs of shape (n, ...), n >= 1."
@@ -94,7 +125,8 @@ def examples(name: str, x) -> None:
 
 
 def targets(name: str, y, n: int) -> None:
-    """Raises unless `y` has shape `(n,)` or `(n, C)` and, as real numbers, is finite."""
+    """Raises unless `y` has shape `(n,)` or `(n, C)` and is made of finite real numbers."""
+    real_numbers(name, y)
     if np.ndim(y) not in (1, 2) or len(y) != n:
         raise ArgumentError(
             f"{name} has shape {np.shape(y)}: {n} inputs need targets ({n},) or ({n}, C)."
@@ -105,16 +137,43 @@ def targets(name: str, y, n: int) -> None:
         raise ArgumentError(f"{name} has NaN or infinite values; drop or impute them.")
 
 
+def batches(k) -> None:
+    """Raises unless a stax kernel is of one input or more on either side."""
+    for name, shape in (("x1", k.shape1), ("x2", k.shape2)):
+        if 0 in shape:
+            raise ArgumentError(f"{name} has shape {shape}; pass one input or more.")
+
+
+def layer(name: str, layer) -> None:
+    """Raises unless `layer` is what the functions of stax return."""
+    if not (isinstance(layer, tuple) and len(layer) == 3 and all(map(callable, layer))):
+        raise TypeError(
+            f"{name}={layer!r} is not a layer (init_fn, apply_fn, kernel_fn); pass what a function "
+            "of nt_deq.stax returns, such as stax.Dense(64)."
+        )
+
+
+def kernel_function(kernel_fn) -> None:
+    """Raises unless `kernel_fn` can be called."""
+    if isinstance(kernel_fn, tuple):
+        raise TypeError(
+            "kernel_fn is a tuple, such as a whole network (init_fn, apply_fn, kernel_fn); pass "
+            "its last element, network[2]."
+        )
+    if not callable(kernel_fn):
+        raise TypeError(f"kernel_fn={kernel_fn!r} is not a function (x1, x2, get) -> kernel.")
+
+
 def kernel_name(get) -> None:
     """Raises unless `get` names one kernel."""
     if get not in ("nngp", "ntk"):
-        raise ArgumentError(f"get={get!r} has to be 'nngp' or 'ntk'.")
+        raise ArgumentError(f"get={get!r} must be 'nngp' or 'ntk'.")
 
 
 def count(name: str, value) -> None:
     """Raises unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ArgumentError(f"{name}={value!r} has to be an integer of at least 1.")
+        raise ArgumentError(f"{name}={value!r} must be an integer of at least 1.")
 
 
 def features(name: str, x, expected: int) -> None:

@@ -176,6 +176,8 @@ def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -
       ValueError: by `kernel_fn`, for a cell that changes the shape, does not end in a layer with
         random weights, or adds its input to its output past them.
     """
+    _checks.layer("cell", cell)
+    _checks.layer("inject", inject)
     check_solver(solver)
     if isinstance(solver, Chebyshev):
         raise ArgumentError(
@@ -218,6 +220,7 @@ def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -
 
     @_requires(**requirements)
     def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
+        _checks.batches(k)
         if kwargs.get("pattern") is not None:
             raise NotImplementedError("FixedPoint does not take the `pattern` of stax.Aggregate.")
         u = unreversed(inject_kernel(k, **kwargs))
@@ -297,6 +300,7 @@ def DEQ(
 
     @_requires(batch_axis=0, channel_axis=-1, diagonal_spatial=_nt_stax.Diagonal())
     def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
+        _checks.batches(k)
         if k.nngp.ndim != 2 or k.mask1 is not None or k.mask2 is not None:
             return composed_kernel(k, **kwargs)
         u = inject[2](k, **kwargs)

@@ -143,7 +143,7 @@ def _claims(found: dict[str, Any]) -> Iterator[report.Claim]:
     yield report.Claim(
         "The mean of trained networks is that of the infinite ensemble.",
         f"The mean over the {_networks(e)} is {distance:.4f} (RMS) from the infinite ensemble's; "
-        f"as many draws from the infinite ensemble would be {chance:.4f} from it, and it has to be "
+        f"as many draws from the infinite ensemble would be {chance:.4f} from it, and it must be "
         "within twice that. Their standard deviation is "
         f"{e['test_std'] / limit_std:.2f} times the infinite ensemble's.",
         bool(distance < 2 * chance),

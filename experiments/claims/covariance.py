@@ -78,7 +78,7 @@ def _claims(settings: Settings, found: dict[str, dict[str, Any]]) -> Iterator[re
             f"networks of width 1000, relative squared error near {PUBLISHED[activation]:.2g}.",
             f"{f['networks_used']} networks of width {settings.mean_width}: {f['mean_error']:.2g}, "
             f"of which {f['chance_error']:.2g} is what that number of networks is off by chance; "
-            f"it has to be below 4 times that and 15/width² = {bias:.2g} together.",
+            f"it must be below 4 times that and 15/width² = {bias:.2g} together.",
             bool(f["mean_error"] <= 4 * f["chance_error"] + bias),
         )
         s = f["slope"]

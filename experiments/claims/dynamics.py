@@ -138,7 +138,7 @@ def _claims(found: dict[str, Any]) -> list[report.Claim]:
             "The RMS distance of held-out predictions to the closed form falls as width^−1/2, at "
             "every t.",
             f"After the last step the slope is {fits[-1]} (95 % interval {fits[-1].interval}). "
-            "−1/2 has to be in the interval after every recorded step, and 0 above it; that is "
+            "−1/2 must be in the interval after every recorded step, and 0 above it; that is "
             f"{where}. Between neighbouring widths the slope is {local}, of the two widest "
             f"{found['widest_fit']} ({found['widest_fit'].interval}).",
             not missing,
@@ -156,7 +156,7 @@ def _claims(found: dict[str, Any]) -> list[report.Claim]:
             "The empirical NTK before training is off its limit by width^−1/2.",
             f"By {wide['ntk_error'].mean():.1%} at width {widths[-1]}, "
             f"{narrow['ntk_error'].mean():.0%} at width {widths[0]}; slope {found['ntk_fit']} "
-            f"({found['ntk_fit'].interval}). −1/2 has to be in the interval, and 0 above it.",
+            f"({found['ntk_fit'].interval}). −1/2 must be in the interval, and 0 above it.",
             _falls_as_root(found["ntk_fit"]),
         ),
     ]

@@ -111,7 +111,7 @@ def _claims(settings: Settings, found: Mapping[int, Summary]) -> Iterator[report
         "Trained for ever, the infinitely wide DEQ (its NTK) fits every training label, wrong ones "
         "too.",
         f"Its error on {', '.join(map(str, found))} training images is at most "
-        f"{max(train_errors):.2%}, without wrong labels and with {noises[1]:.0%}; it has to be 0.",
+        f"{max(train_errors):.2%}, without wrong labels and with {noises[1]:.0%}; it must be 0.",
         not any(train_errors),
     )
     for i, noise in enumerate(noises):
@@ -132,7 +132,7 @@ def _claims(settings: Settings, found: Mapping[int, Summary]) -> Iterator[report
     yield report.Claim(
         f"{_noise_name(noises[1]).capitalize()}: overfitting is benign, what interpolation "
         "adds to the test error of the tuned kernel vanishes as training images get more.",
-        f"The DEQ's NTK adds {_by_count(excess, '+.2%')}; the last has to be below the "
+        f"The DEQ's NTK adds {_by_count(excess, '+.2%')}; the last must be below the "
         "largest before and below one percentage point.",
         bool(at_last < min(0.01, max(before))),
     )
@@ -146,7 +146,7 @@ def _claims(settings: Settings, found: Mapping[int, Summary]) -> Iterator[report
             "explicit ones and an RBF kernel.",
             f"Tuned, on {max(found)} training images, the better of the DEQ's ({c['deq']}) has "
             f"a test error of {ours:.2%}, the best of the others ({c['other']}) {other:.2%}; "
-            f"the difference, {c['difference']:+.2%}, has to be below {MARGIN:.1%} and two "
+            f"the difference, {c['difference']:+.2%}, must be below {MARGIN:.1%} and two "
             f"standard errors (image by image), together {bound:.2%}.",
             bool(c["difference"] < bound),
         )

@@ -273,7 +273,7 @@ def _image_shape(settings: Settings, shape: tuple[int, ...]) -> tuple[int, int, 
     if len(shape) not in (2, 3):
         raise InputError(
             f"--network=conv is for images, and one of --data={settings.data} has shape {shape}; "
-            "it has to be (height, width) or (height, width, colours)."
+            "it must be (height, width) or (height, width, colours)."
         )
     height, width, colours = (*shape, 1)[:3]
     return height, width, colours

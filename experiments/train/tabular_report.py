@@ -139,7 +139,7 @@ def _claims(accuracy: Any, summary: Any, p_values: Any) -> Iterator[report.Claim
         "On small tables the NTK of infinite depth is about as good as that of the best of 1 to 5 "
         "hidden layers.",
         f"Its accuracy is {mean:+.2%} on average, with 95 % confidence {mean - margin:+.2%} to "
-        f"{mean + margin:+.2%}; it has to be above {-MARGIN:.0%}.",
+        f"{mean + margin:+.2%}; it must be above {-MARGIN:.0%}.",
         mean - margin > -MARGIN,
     )
     for other, published in PUBLISHED.items():
@@ -150,7 +150,7 @@ def _claims(accuracy: Any, summary: Any, p_values: Any) -> Iterator[report.Claim
             f"et al. 2020, on average: {PUBLISHED_NTK} and {published}).",
             f"With the DEQ's NTK: mean rank {deep.mean_rank:.2f} and mean accuracy "
             f"{deep.mean_accuracy:.2%}, the {other}'s {measured.mean_rank:.2f} and "
-            f"{measured.mean_accuracy:.2%}; both have to be better. By Nemenyi's test they "
+            f"{measured.mean_accuracy:.2%}; both must be better. By Nemenyi's test they "
             f"{'differ' if p_value < 0.05 else 'cannot be told apart'} (p = {p_value:.2g}).",
             bool(better and deep.mean_accuracy > measured.mean_accuracy),
         )

@@ -248,14 +248,14 @@ def check_elementwise(name: str, fn: Function) -> None:
         raise ArgumentError(f"activation={name}: it is not a function of a JAX array.") from cause
     if getattr(out, "shape", None) != z.shape or getattr(out, "dtype", None) != z.dtype:
         raise ArgumentError(
-            f"activation={name}: it maps {z.dtype}{z.shape} to {out}; it has to be elementwise "
+            f"activation={name}: it maps {z.dtype}{z.shape} to {out}; it must be elementwise "
             "and real: to return one array of the shape and dtype of its argument."
         )
     whole, parts = fn(z), jnp.concatenate([fn(part) for part in jnp.split(z, 3)])
     if not jnp.allclose(whole, parts, equal_nan=True):
         raise ArgumentError(
             f"activation={name}: its value at one element depends on the others (at z={z[0]}: "
-            f"{whole[0]} or {parts[0]}); it has to be elementwise."
+            f"{whole[0]} or {parts[0]}); it must be elementwise."
         )
 
 

@@ -153,7 +153,7 @@ def _read_npy(path: str, kinds: str) -> np.ndarray:
         ) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds:
         found = array.dtype if isinstance(array, np.ndarray) else "several arrays (.npz)"
-        raise InputError(f"{path} has {found}: it has to be a .npy file of real numbers.")
+        raise InputError(f"{path} has {found}: it must be a .npy file of real numbers.")
     return array
 
 

@@ -125,9 +125,9 @@ def fit(
       ValueError: an argument cannot be right; the message says why.
     """
     if loss not in _LOSSES:
-        raise ArgumentError(f"loss={loss!r} has to be one of {', '.join(map(repr, _LOSSES))}.")
+        raise ArgumentError(f"loss={loss!r} must be one of {', '.join(map(repr, _LOSSES))}.")
     if restarts < 0:
-        raise ArgumentError(f"restarts={restarts} has to be at least 0.")
+        raise ArgumentError(f"restarts={restarts} must be at least 0.")
     _checks.count("max_steps", max_steps)
     intervals = _intervals(start, bounds or {})
     x, y = data(x, y)
@@ -258,7 +258,7 @@ def _intervals(
         lower, upper = map(float, bounds.get(name, (0.0, np.inf)))
         if not (np.isfinite(lower) and lower < value < upper and np.isfinite(value)):
             raise ArgumentError(
-                f"start[{name!r}]={value} has to be inside of its bounds ({lower}, {upper}), of "
+                f"start[{name!r}]={value} must be inside of its bounds ({lower}, {upper}), of "
                 "which the lower is finite; for a parameter that is 0, leave it out."
             )
         intervals.append((name, lower, upper))

@@ -185,6 +185,8 @@ def data(
     x: Real[ArrayLike, "n ..."], y: Real[ArrayLike, "n ..."]
 ) -> tuple[Float[Array, "n ..."], Float[Array, "n C"]]:
     """`x (n, ...)` and `y (n, C)` in the dtype of everything."""
+    for name, numbers in (("x", x), ("y", y)):
+        _checks.real_numbers(name, numbers)
     x, y = jnp.asarray(x, float), jnp.asarray(y, float)
     _checks.examples("x", x)
     _checks.targets("y", y, len(x))
@@ -192,6 +194,7 @@ def data(
 
 
 def _matrix(kernel_fn: KernelFn, x1: Array, x2: Array | None, get: Get) -> Array:
+    _checks.kernel_function(kernel_fn)
     with jax.default_matmul_precision("highest"):
         kernel = kernel_fn(x1, x2, get)
     shape = (len(x1), len(x1 if x2 is None else x2))
@@ -210,8 +213,7 @@ def _problem(kernel_fn, x, y, noise, get, weights) -> tuple[Array, Array, Array,
     not there is one of 0, with variance 1, and independent of all others.
     """
     _checks.kernel_name(get)
-    if np.ndim(noise) or not (_checks.is_traced(noise) or 0 <= noise < np.inf):
-        raise ArgumentError(f"noise={noise} must be a variance: one finite number of at least 0.")
+    _checks.variance("noise", noise)
     x, y = data(x, y)
     weights = _weights(weights, noise, len(x), x.dtype)
     root = jnp.sqrt(weights)

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import neural_tangents as nt
 from jax import Array
 
+from nt_deq._checks import is_traced
 from nt_deq.activations import Activation
-from nt_deq.errors import ArgumentError
+from nt_deq.errors import ArgumentError, NotConvergedError
 
 
 def apply_dual(activation: Activation, k: nt.Kernel) -> nt.Kernel:
@@ -33,12 +34,25 @@ def apply_dual(activation: Activation, k: nt.Kernel) -> nt.Kernel:
             return activation.dual(*_outer(_variances(cov)), cov)[0]
 
     nngp, slope = activation.dual(rows[:, None], columns[None, :], k.nngp)
+    _raise_beyond_range(activation, rows, columns, k.nngp, nngp)
     return k.replace(
         nngp=nngp,
         ntk=None if k.ntk is None else slope * k.ntk,
         cov1=within(k.cov1),
         cov2=None if k.cov2 is None else within(k.cov2),
         is_gaussian=False,
+    )
+
+
+def _raise_beyond_range(activation, rows, columns, before, after) -> None:
+    """Raises where an eager kernel has lost its numbers."""
+    if is_traced(before, after) or not bool(jnp.any(jnp.isfinite(before) & jnp.isnan(after))):
+        return
+    largest = max(float(jnp.max(rows)), float(jnp.max(columns)))
+    raise NotConvergedError(
+        f"activation={activation.name!r}: its expectations are not known in {after.dtype} at all "
+        f"variances, of which the largest here is {largest:.4g}; make the inputs or the weights "
+        "before it smaller, or take an activation with a closed form, such as 'erf'."
     )
 
 

@@ -41,10 +41,7 @@ class FeatureRegression:
           relative_noise: variance of the noise of the targets, which is added to the diagonal of
             the kernel of the training inputs, relative to the mean of the diagonal, `>= 0`.
         """
-        if not (np.isfinite(relative_noise) and relative_noise >= 0):
-            raise ArgumentError(
-                f"relative_noise={relative_noise} must be a finite variance of at least 0."
-            )
+        _checks.variance("relative_noise", relative_noise)
         self.features, self.relative_noise = features, relative_noise
 
     def fit(
@@ -72,7 +69,7 @@ class FeatureRegression:
             if z.ndim != 2 or len(z) == 0 or y.ndim not in (1, 2) or len(y) != len(z):
                 raise ArgumentError(
                     f"batch {number} has features of shape {z.shape} and targets of shape "
-                    f"{y.shape}; they have to be (b, m) and (b, C) or (b,), b >= 1."
+                    f"{y.shape}; they must be (b, m) and (b, C) or (b,), b >= 1."
                 )
             if normal is None or moments is None:
                 normal = np.zeros((z.shape[1],) * 2, order="F")
@@ -124,5 +121,5 @@ def in_batches(
     """
     _checks.count("rows", rows)
     if len(x) != len(y):
-        raise ArgumentError(f"x has {len(x)} rows and y has {len(y)}: they have to be as many.")
+        raise ArgumentError(f"x has {len(x)} rows and y has {len(y)}: they must be as many.")
     return ((x[i : i + rows], y[i : i + rows]) for i in range(0, len(x), rows))

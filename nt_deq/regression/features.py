@@ -74,7 +74,7 @@ class NystromFeatures:
         if jnp.shape(x)[1:] != self.landmarks.shape[1:]:
             raise ArgumentError(
                 f"x has shape {jnp.shape(x)}; the landmarks have shape {self.landmarks.shape}, and "
-                "all axes but the first have to be the same."
+                "all axes but the first must be the same."
             )
         kernel = self.kernel_fn(jnp.asarray(x), self.landmarks, self.get)
         return jnp.matmul(kernel, self._projection, precision=lax.Precision.HIGHEST)
@@ -181,7 +181,7 @@ def _share_out(coefficients: np.ndarray, d: int, size: int) -> list[int]:
     left = size - sizes.sum()
     if left < 0:
         raise ArgumentError(
-            f"size={size} has to be at least {sizes.sum()}: one for the constant, d={d} for the "
+            f"size={size} must be at least {sizes.sum()}: one for the constant, d={d} for the "
             "linear term and one for every further degree of the series."
         )
     shares = coefficients[2:] / max(coefficients[2:].sum(), np.finfo(float).tiny)

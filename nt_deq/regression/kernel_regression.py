@@ -96,6 +96,7 @@ class KernelRegression:
         progress: bool = True,
         store_key: Mapping[str, JSON] | None = None,
     ):
+        _checks.kernel_function(kernel_fn)
         choices = {
             "get": (get, ("nngp", "ntk")),
             "method": (method, ("auto", "cholesky", "cg")),
@@ -106,14 +107,13 @@ class KernelRegression:
                 raise ArgumentError(
                     f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}."
                 )
-        if not (np.isfinite(relative_noise) and relative_noise >= 0):
-            raise ArgumentError(
-                f"relative_noise={relative_noise} must be a finite variance of at least 0."
-            )
+        _checks.variance("relative_noise", relative_noise)
         if not 1e-12 <= relative_residual < 1:
             raise ArgumentError(f"relative_residual={relative_residual} must be from 1e-12 to 1.")
         if rank is not None:
             _checks.count("rank", rank)
+        if store is not None and not os.fspath(store):
+            raise ArgumentError("store='' names no directory; pass one, or None.")
         if store is not None and (keep != "auto" or method == "cholesky"):
             raise ArgumentError(
                 f"store={os.fspath(store)!r} is for method='cg', and keeps the kernel; leave out "
@@ -352,6 +352,7 @@ class KernelClassifier(KernelRegression):
 
 def _inputs(x: ArrayLike) -> np.ndarray:
     """Inputs in the dtype of everything: float64 of float64 inputs in JAX's x64 mode."""
+    _checks.real_numbers("x", x)
     x = np.asarray(x)
     is_double = x.dtype == np.float64 and jnp.zeros(()).dtype == np.float64
     x = x.astype(np.float64 if is_double else np.float32, copy=False)

@@ -109,7 +109,7 @@ def deq_series(
     _checks.count("degree", degree)
     _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=b_std, V_std=V_std)
     if not (np.isfinite(mean_square) and mean_square > 0):
-        raise ArgumentError(f"mean_square={mean_square} has to be ‖x‖²/d, finite and above 0.")
+        raise ArgumentError(f"mean_square={mean_square} must be ‖x‖²/d, finite and above 0.")
     _checks.kernel_name(get)
     phi = get_activation(activation)
     if not phi.homogeneous:

@@ -123,10 +123,7 @@ class DEQProcess(BaseEstimator):
             name: getattr(self, name) for name in ("W_std", "U_std", "b_std", "V_std")
         }
         _checks.standard_deviations(**values)
-        if np.ndim(self.noise) or not 0 <= self.noise < np.inf:
-            raise ArgumentError(
-                f"noise={self.noise} must be a variance: one finite number of at least 0."
-            )
+        _checks.variance("noise", self.noise)
         scale = np.asarray(self.length_scale, float)
         if scale.shape not in ((), (features,)):
             raise ArgumentError(

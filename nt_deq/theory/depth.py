@@ -54,7 +54,7 @@ def depth_kernels(
     """
     _check_depths(depths, at_least=0)
     if lag < 0:
-        raise ArgumentError(f"lag={lag} has to be at least 0; exchange x1 and x2 instead.")
+        raise ArgumentError(f"lag={lag} must be at least 0; exchange x1 and x2 instead.")
     _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=b_std)
     phi, (x1, x2) = get_activation(activation), _checks.input_pair(x1, x2)
     W_var, U_var, b_var = (jnp.asarray(std, x1.dtype) ** 2 for std in (W_std, U_std, b_std))
@@ -115,7 +115,7 @@ def mlp_correlation_gap(depth: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape
 def _check_depths(depths: Sequence[int], at_least: int) -> None:
     if len(depths) == 0 or min(depths) < at_least or list(depths) != sorted(depths):
         raise ArgumentError(
-            f"depths={list(depths)} has to be ascending integers of at least {at_least}."
+            f"depths={list(depths)} must be ascending integers of at least {at_least}."
         )
 
 

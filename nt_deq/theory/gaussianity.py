@@ -112,7 +112,7 @@ def covariance_test(
     n, d = sample.shape
     covariance = np.asarray(covariance, np.float64)
     if covariance.shape != (d, d):
-        raise ArgumentError(f"covariance has shape {covariance.shape}; it has to be ({d}, {d}).")
+        raise ArgumentError(f"covariance has shape {covariance.shape}; it must be ({d}, {d}).")
     if not smallest_eigenvalue(covariance).positive:
         raise ArgumentError("covariance is singular: drop inputs that the others determine.")
     ratio = np.linalg.solve(covariance, sample.T @ sample / n)
@@ -125,7 +125,7 @@ def _sample(name: str, sample, ndim: int) -> np.ndarray:
     least = 4 if ndim == 1 else 1 + sample.shape[-1]
     if sample.ndim != ndim or len(sample) < least:
         shape = "(n,)" if ndim == 1 else "(n, d)"
-        raise ArgumentError(f"{name} has shape {sample.shape}; it has to be {shape}, n >= {least}.")
+        raise ArgumentError(f"{name} has shape {sample.shape}; it must be {shape}, n >= {least}.")
     if not np.isfinite(sample).all():
         raise ArgumentError(f"{name} has NaN or infinite values; drop what has no equilibrium.")
     return sample

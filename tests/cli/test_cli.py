@@ -204,7 +204,7 @@ def test_info(capsys):
         (2, "kernel bad.npy --out k.npy", "bad.npy has NaN or infinite values in 14 of 14 rows"),
         (2, "kernel x.npy --out no/k.npy", "no/k.npy cannot be written: there is no directory no"),
         (2, "kernel x.npy --out .", "cannot be written: name another file"),
-        (2, "kernel x.npy --out k.npy --W-std -1", "--W-std=-1.0 has to be a finite standard"),
+        (2, "kernel x.npy --out k.npy --W-std -1", "--W-std=-1.0 must be a finite standard"),
         (2, "kernel x.npy --out k.npy --activation rely", "activation='rely' is unknown"),
         (1, "kernel x.npy --out k.npy --W-std 1.5", "W_std=1.5 with activation='relu'"),
         (

@@ -244,7 +244,7 @@ def test_a_solver_of_optimistix_says_how_it_went_too():
         (lambda u: equilibrium(layer, u, adjoint="implicit"), "adjoint='implicit' must be"),
         (
             lambda u: equilibrium(layer, u, solver=Picard(max_steps=0)),
-            "max_steps=0 has to be an integer",
+            "max_steps=0 must be an integer",
         ),
         (lambda u: equilibrium(layer, jnp.ones(())), r"z0 is float32\[\]"),
         (lambda u: equilibrium(layer, [u, u[:2]]), r"z0 is float32\[4, 20\], float32\[2, 20\]"),

@@ -312,12 +312,12 @@ def test_the_jacobian_at_the_equilibrium(x64):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda **k: DEQ(5, 8, W_std=-1.0, **k), r"W_std=-1\.0 has to be"),
-        (lambda **k: DEQ(5, 8, W_std=0.5, b_std=-1.0, **k), r"b_std=-1\.0 has to be"),
-        (lambda **k: DEQ(0, 8, W_std=0.5, **k), "in_features=0 has to be an integer"),
-        (lambda **k: DEQ(5, 0, W_std=0.5, **k), "width=0 has to be an integer"),
+        (lambda **k: DEQ(5, 8, W_std=-1.0, **k), r"W_std=-1\.0 must be"),
+        (lambda **k: DEQ(5, 8, W_std=0.5, b_std=-1.0, **k), r"b_std=-1\.0 must be"),
+        (lambda **k: DEQ(0, 8, W_std=0.5, **k), "in_features=0 must be an integer"),
+        (lambda **k: DEQ(5, 0, W_std=0.5, **k), "width=0 must be an integer"),
         (lambda **k: DEQ(5, 8, W_std=0.5, activation="x", **k), "activation='x' is unknown"),
-        (lambda **k: Dense(5, -1, **k), "out_features=-1 has to be an integer"),
+        (lambda **k: Dense(5, -1, **k), "out_features=-1 must be an integer"),
         (
             lambda **k: DEQ(5, 8, W_std=0.5, **k)(jnp.ones((2, 4))),
             r"x has shape \(2, 4\).*5 features",
@@ -325,7 +325,7 @@ def test_the_jacobian_at_the_equilibrium(x64):
         (lambda **k: Dense(5, 8, **k)(jnp.ones((2, 4))), r"x has shape \(2, 4\).*5 features"),
         (lambda **k: Dense(5, 8, parameterization="mup", **k), "parameterization='mup' must be"),
         (lambda **k: Conv(5, 8, (), **k), r"kernel_size=\(\) must be one or two"),
-        (lambda **k: Conv(5, 8, (3, 0), **k), "kernel_size=0 has to be an integer"),
+        (lambda **k: Conv(5, 8, (3, 0), **k), "kernel_size=0 must be an integer"),
         (lambda **k: Conv(5, 8, (3,), padding="FULL", **k), "padding='FULL' must be one of"),
         (lambda **k: Conv(5, 8, (3,), **k)(jnp.ones((2, 5))), r"\(2, 5\).*1 spatial axes"),
         (

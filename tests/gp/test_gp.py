@@ -329,7 +329,7 @@ def test_images_and_networks_without_a_readout():
         ({"bounds": {"W_std": (0, 0.5)}}, r"start\['W_std'\]=0.9 .* \(0.0, 0.5\)"),
         ({"bounds": {"V_std": (0, 1)}}, "V_std"),
         ({"get": "both"}, "get='both'"),
-        ({"loss": "hinge"}, "loss='hinge' has to be one of 'marginal_likelihood'"),
+        ({"loss": "hinge"}, "loss='hinge' must be one of 'marginal_likelihood'"),
         ({"restarts": -1}, "restarts=-1"),
         ({"max_steps": 0}, "max_steps=0"),
     ],

@@ -448,10 +448,10 @@ def test_too_few_steps_is_an_error():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(W_std=-0.5), r"W_std=-0\.5 has to be a finite standard deviation of at least 0"),
-        (dict(W_std=float("nan")), "W_std=nan has to be"),
-        (dict(W_std=0.5, U_std=float("inf")), "U_std=inf has to be"),
-        (dict(W_std=0.5, b_std=-1), "b_std=-1 has to be"),
+        (dict(W_std=-0.5), r"W_std=-0\.5 must be a finite standard deviation of at least 0"),
+        (dict(W_std=float("nan")), "W_std=nan must be"),
+        (dict(W_std=0.5, U_std=float("inf")), "U_std=inf must be"),
+        (dict(W_std=0.5, b_std=-1), "b_std=-1 must be"),
         (dict(W_std=np.ones(2)), r"W_std has shape \(2,\)"),
         (dict(W_std=0.5, activation="tan"), "activation='tan' is unknown"),
         (dict(W_std=0.5, x1=np.ones(3)), r"x1 has shape \(3,\); pass inputs of shape \(n, d\)"),
@@ -473,7 +473,7 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_bad_types_are_refused():
     with pytest.raises(TypeError, match="solver='newton' is not a solver"):
         deq_kernel(X, W_std=0.5, solver="newton")
-    with pytest.raises(TypeError, match="x1 is complex"):
+    with pytest.raises(TypeError, match="x1 is made of complex"):
         deq_kernel(X + 1j, W_std=0.5)
     with pytest.raises(ValueError, match=r"Newton\(rtol=2\): rtol is a relative"):
         Newton(rtol=2)

@@ -300,7 +300,7 @@ def test_bad_arguments():
         deq_series(3, W_std=0.5, mean_square=-1)
     with pytest.raises(ValueError, match="get='cov'"):
         deq_series(3, W_std=0.5, get="cov")
-    with pytest.raises(ValueError, match="size=14 has to be at least 15"):
+    with pytest.raises(ValueError, match="size=14 must be at least 15"):
         SketchFeatures(series, D, 14, key)
     features = SketchFeatures(series, D, 20, key)
     with pytest.raises(ValueError, match="12 features on the last axis"):

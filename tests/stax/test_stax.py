@@ -298,11 +298,11 @@ def test_no_equilibrium():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: stax.DEQ(0, 0.5), "width=0 has to be an integer of at least 1"),
-        (lambda: stax.DEQ(2.5, 0.5), r"width=2\.5 has to be"),
-        (lambda: stax.DEQ(8, -0.5), r"W_std=-0\.5 has to be"),
-        (lambda: stax.DEQ(8, 0.5, U_std=-1), "U_std=-1 has to be"),
-        (lambda: stax.DEQ(8, 0.5, b_std=float("nan")), "b_std=nan has to be"),
+        (lambda: stax.DEQ(0, 0.5), "width=0 must be an integer of at least 1"),
+        (lambda: stax.DEQ(2.5, 0.5), r"width=2\.5 must be"),
+        (lambda: stax.DEQ(8, -0.5), r"W_std=-0\.5 must be"),
+        (lambda: stax.DEQ(8, 0.5, U_std=-1), "U_std=-1 must be"),
+        (lambda: stax.DEQ(8, 0.5, b_std=float("nan")), "b_std=nan must be"),
         (lambda: stax.DEQ(8, 0.5, activation="swish"), "activation='swish' is unknown"),
         (lambda: stax.DEQ(8, 0.5, parameterization="mup"), "mup"),
     ],
