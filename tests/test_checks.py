@@ -17,11 +17,11 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("value", [None, "1", Fraction(1, 2), 1j])
 def test_standard_deviations_that_are_no_numbers(value):
     for name in ("W_std", "b_std"):
-        with pytest.raises(TypeError, match=f"{name}=.* is not a real number; pass a standard"):
+        with pytest.raises(TypeError, match=rf"{name}=.* is not a real number; pass a standard"):
             deq_kernel(X, **{"W_std": 1.0, name: value})
-    with pytest.raises(TypeError, match="W_std=.* is not a real number"):
+    with pytest.raises(TypeError, match=r"W_std=.* is not a real number"):
         stax.DEQ(8, value)
-    with pytest.raises(TypeError, match="W_std=.* is not a real number"):
+    with pytest.raises(TypeError, match=r"W_std=.* is not a real number"):
         theory.local_contraction(X, W_std=value)
 
 
@@ -37,9 +37,9 @@ def test_standard_deviations_that_are_no_numbers(value):
     ],
 )
 def test_inputs_that_are_no_numbers(x):
-    with pytest.raises(TypeError, match="x1 is made of .*; pass real numbers"):
+    with pytest.raises(TypeError, match=r"x1 is made of .*; pass real numbers"):
         deq_kernel(x, W_std=1.0)
-    with pytest.raises(TypeError, match="x is made of .*; pass real numbers"):
+    with pytest.raises(TypeError, match=r"x is made of .*; pass real numbers"):
         KernelRegression(NETWORK[2]).fit(x, np.arange(4.0))
 
 
@@ -47,9 +47,9 @@ def test_inputs_that_are_no_numbers(x):
     "y", [1j * np.arange(4), np.array([1, "a", None, 2], object), list("abcd")]
 )
 def test_targets_that_are_no_numbers(y):
-    with pytest.raises(TypeError, match="y is made of .*; pass real numbers"):
+    with pytest.raises(TypeError, match=r"y is made of .*; pass real numbers"):
         KernelRegression(NETWORK[2]).fit(X, y)
-    with pytest.raises(TypeError, match="y is made of .*; pass real numbers"):
+    with pytest.raises(TypeError, match=r"y is made of .*; pass real numbers"):
         gp.log_marginal_likelihood(NETWORK[2], X, y, 0.1)
 
 
@@ -58,23 +58,23 @@ def test_a_network_in_the_place_of_its_kernel():
         KernelRegression(NETWORK)
     with pytest.raises(TypeError, match=r"whole network .* network\[2\]"):
         gp.log_marginal_likelihood(NETWORK, X, np.arange(4.0), 0.1)
-    with pytest.raises(TypeError, match="kernel_fn='ntk' is not a function"):
+    with pytest.raises(TypeError, match=r"kernel_fn='ntk' is not a function"):
         KernelRegression("ntk")
 
 
 @pytest.mark.parametrize("layer", [None, stax.Dense, stax.Dense(8)[2]])
 def test_what_is_no_layer(layer):
-    with pytest.raises(TypeError, match="cell=.* is not a layer"):
+    with pytest.raises(TypeError, match=r"cell=.* is not a layer"):
         stax.FixedPoint(layer, stax.Dense(8))
-    with pytest.raises(TypeError, match="inject=.* is not a layer"):
+    with pytest.raises(TypeError, match=r"inject=.* is not a layer"):
         stax.FixedPoint(stax.Dense(8), layer)
 
 
 @pytest.mark.parametrize("noise", [None, "a", 1j, -1.0, np.inf, np.ones(2)])
 def test_noise_that_is_no_variance(noise):
-    with pytest.raises(ValueError, match="noise=.* must be a variance: one finite number"):
+    with pytest.raises(ValueError, match=r"noise=.* must be a variance: one finite number"):
         gp.log_marginal_likelihood(NETWORK[2], X, np.arange(4.0), noise)
-    with pytest.raises(ValueError, match="relative_noise=.* must be a variance"):
+    with pytest.raises(ValueError, match=r"relative_noise=.* must be a variance"):
         KernelRegression(NETWORK[2], relative_noise=noise)
 
 
@@ -87,13 +87,13 @@ def test_no_inputs():
 
 
 def test_a_store_without_a_name():
-    with pytest.raises(ValueError, match="store='' names no directory"):
+    with pytest.raises(ValueError, match=r"store='' names no directory"):
         KernelRegression(NETWORK[2], store="")
 
 
 def test_a_nonlinearity_beyond_its_range():
     kernel_fn = stax.serial(stax.Dense(1, 100.0), stax.Nonlinearity("tanh"), stax.Dense(1))[2]
-    with pytest.raises(RuntimeError, match="expectations are not known in float32"):
+    with pytest.raises(RuntimeError, match=r"expectations are not known in float32"):
         kernel_fn(X, None, "ntk")
     assert np.isnan(jax.jit(lambda x: kernel_fn(x, None, "ntk"))(X)).any()
 
