@@ -35,7 +35,7 @@ from nt_deq.fixed_point.solver import (
     at_least_single,
     check_solver,
 )
-from nt_deq.flax.layers import Conv, Dense, Padding, Parameterization, normalize
+from nt_deq.flax.layers import Conv, Dense, Keys, Padding, Parameterization, normalize
 from nt_deq.typing import Number
 
 TRAINING_RTOL = 1e-3
@@ -282,7 +282,7 @@ class DEQ(FixedPoint):
         solver: Solver | None = None,
         adjoint: Adjoint | None = None,
         on_failure: OnFailure = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | Keys,
     ):
         _checks.count("width", width)
         _checks.standard_deviations(W_std=W_std, U_std=U_std)

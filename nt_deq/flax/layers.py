@@ -8,15 +8,15 @@ width. In standard parameterisation they are drawn with those deviations, and no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, PRNGKeyArray
 
 from nt_deq import _checks
 from nt_deq.convolution import convolve
@@ -27,6 +27,13 @@ from nt_deq.typing import Batch, Number
 
 Parameterization: TypeAlias = Literal["ntk", "standard"]
 Padding: TypeAlias = Literal["SAME", "CIRCULAR", "VALID"]
+
+
+@runtime_checkable
+class Keys(Protocol):
+    """What parameters are drawn with, if not `nnx.Rngs`: a key at every call of `params`."""
+
+    params: Callable[[], PRNGKeyArray]
 
 
 class _Linear(nnx.Module):
@@ -137,7 +144,7 @@ class Dense(_Linear):
         spectral_bound: float | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | Keys,
     ):
         _checks.count("in_features", in_features)
         _checks.count("out_features", out_features)
@@ -193,7 +200,7 @@ class Conv(_Linear):
         spectral_bound: float | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | Keys,
     ):
         _checks.count("in_features", in_features)
         _checks.count("out_features", out_features)
