@@ -30,8 +30,8 @@ from nt_deq.fixed_point.solve import equilibrium
 from nt_deq.fixed_point.solver import Solver, check_solver
 from nt_deq.kernels.cell import large_rates, solve_cell, unreversed
 from nt_deq.kernels.check_cell import check_gaussian, check_no_bypass, check_shape
-from nt_deq.kernels.dense import Injection, dense_solver, solve_equilibrium
 from nt_deq.kernels.diagnosis import raise_unless_cell_solved, raise_unless_solved
+from nt_deq.kernels.equations import Injection, dense_solver, solve_equilibrium
 from nt_deq.kernels.nonlinearity import apply_dual
 from nt_deq.kernels.series import Chebyshev
 from nt_deq.typing import AnyLayer, Layer, LayerKernelFn, Number

@@ -1,5 +1,7 @@
 """Fixtures shared by the tests, and the types of what they call, which are checked."""
 
+import gc
+
 import jax
 import jaxtyping
 import numpy as np
@@ -9,6 +11,9 @@ import nt_deq  # noqa: F401  # before any test imports neural_tangents
 
 # Shapes and types of the arguments and results of every call.
 jaxtyping.install_import_hook("nt_deq", "typecheck.checked")
+
+# Programs are many objects that stay; looking through all of them took a tenth of the time.
+gc.set_threshold(100_000, 50, 1000)
 
 STRICT = ("activations", "fixed_point", "flax", "gp", "kernels", "theory")
 

@@ -19,7 +19,7 @@ from nt_deq.typing import Number
 
 if TYPE_CHECKING:
     from nt_deq.kernels.cell import CellSolution
-    from nt_deq.kernels.dense import Marginals
+    from nt_deq.kernels.equations import Marginals
 
 
 def raise_unless_solved(

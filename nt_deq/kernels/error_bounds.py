@@ -19,22 +19,116 @@ them (Higham & Mary 2019, "A new approach to probabilistic rounding error analys
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from nt_deq.activations import Activation
-from nt_deq.fixed_point.solver import Evaluation
-from nt_deq.kernels.series import NEAR, arc_moment, homogeneous, sine
+from nt_deq.kernels.equations import marginal_map
+from nt_deq.kernels.series import NEAR, Chebyshev, arc_moment, homogeneous, sine
 from nt_deq.kernels.tiles import by_tiles
 
 _UNITS = 2.0  # rounding errors of an equation that is evaluated once, in eps
 
 
-class Inputs(NamedTuple):
+class Errors(NamedTuple):
+    """Bounds of the errors of `nngp` and of `ntk`, `(n1, n2)` each, NaN where these are."""
+
+    nngp: Float[Array, "n1 n2"]
+    ntk: Float[Array, "n1 n2"]
+
+
+@jax.tree_util.register_pytree_node_class
+class ErrorBounds:
+    """What the bounds are computed of, where they are asked for: they cost several solutions.
+
+    Attributes:
+      activation, solver, features: of the kernel, `features` a number.
+      known: `(W_var, variances of S of the first inputs, of the second or None, Marginals of the
+        first and of the second, V(K*), V̇(K*))`; the series does without `V(K*)`.
+    """
+
+    def __init__(self, activation, solver, features, known):
+        self.activation, self.solver, self.features = activation, solver, features
+        self.known = known
+
+    def tree_flatten(self):
+        """As JAX asks for it."""
+        return (self.known,), (self.activation, self.solver, self.features)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        """As JAX asks for it."""
+        return cls(*static, *children)
+
+    @jax.jit
+    def evaluate(self, nngp: Array, residual: Array, solved: Array) -> Errors:
+        """Computes them, given what a `KernelSolution` has, `(n1, n2)` each."""
+        W_var, _, s2, _, _, dual, slope = self.known
+        rows, columns = self._inputs()
+        series = isinstance(self.solver, Chebyshev)
+        rtol = (self.solver.rtol or 0.0) if series else None
+        pair = partial(_tile, self.activation, rtol, self._gram_error(), W_var)
+
+        def tile(rows, columns, pairs):
+            found = pair(rows, columns, pairs)
+            if s2 is not None:
+                return found
+            same = rows.number[:, None] == columns.number[None, :]
+            own = _own(rows)
+            return tuple(jnp.where(same, s[:, None], f) for s, f in zip(own, found, strict=True))
+
+        pairs = jnp.where(solved, nngp, 0), dual, slope, residual
+        mirror = jnp.transpose if s2 is None else None
+        bounds = by_tiles(tile, rows, columns, pairs, mirror)
+        return Errors(*(jnp.where(solved, bound, jnp.nan) for bound in bounds))
+
+    @jax.jit
+    def are_small(self) -> Array:
+        """Whether `Θ*` is known to a percent of `scale`, even of the most sensitive of pairs.
+
+        `J` changes most with `ρ` where `ρ` is 1. Takes no time, where most kernels need no more.
+        """
+        W_var, _, _, *both, _, _ = self.known
+        eps = float(jnp.finfo(W_var.dtype).eps)
+        found = []
+        for x, marginals in zip(self._inputs(), both, strict=True):
+            k = x.variance
+            off = 2 * (self._gram_error() + x.variance_error) + 16 * eps
+            delta = jnp.minimum(_divided(off, 1 - x.rate - x.rate_error), 1)
+            beside = self.activation.dual(k, k, k * (1 - jnp.maximum(delta, 64 * eps)))[1]
+            rate_error = x.rate_error + W_var * jnp.abs(marginals.dual_slope - beside)
+            gap = 1 - x.rate - rate_error
+            error = _divided(delta + x.variance_error + rate_error, gap)
+            found.append(jnp.all((error < 0.01) | ~marginals.exists | (k == 0)))
+        return found[0] & found[1]
+
+    @jax.jit
+    def scale(self) -> Array:
+        """`√(Θ*(x, x) Θ*(x', x'))`, `(n1, n2)`."""
+        _, _, _, first, second, _, _ = self.known
+        root1, root2 = (jnp.sqrt(each.variance / (1 - each.rate)) for each in (first, second))
+        return root1[:, None] * root2[None, :]
+
+    def _gram_error(self) -> float:
+        """Bound of the error of `S(x, x')`, relative to `√(S(x, x) S(x', x'))`."""
+        return (2 + self.features**0.5) * float(jnp.finfo(self.known[0].dtype).eps)
+
+    def _inputs(self) -> tuple[_Inputs, _Inputs]:
+        """The first and the second inputs with what is not known of them."""
+        W_var, s1, s2, marginals1, marginals2, _, _ = self.known
+
+        def side(s, marginals):
+            return _bound_inputs(self.activation, self._gram_error(), W_var, s, marginals)
+
+        first = side(s1, marginals1)
+        return first, first if s2 is None else side(s2, marginals2)
+
+
+class _Inputs(NamedTuple):
     """The equilibria of inputs with themselves, and what is not known of them, `(n,)` each.
 
     Attributes:
@@ -46,48 +140,26 @@ class Inputs(NamedTuple):
       rate_error: bound of its error.
     """
 
-    number: Int[Array, " n"]
-    injected: Float[Array, " n"]
-    variance: Float[Array, " n"]
-    variance_error: Float[Array, " n"]
-    rate: Float[Array, " n"]
-    rate_error: Float[Array, " n"]
+    number: Array
+    injected: Array
+    variance: Array
+    variance_error: Array
+    rate: Array
+    rate_error: Array
 
 
-def gram_error(features: int, dtype: DTypeLike) -> float:
-    """Bound of the error of `S(x, x')`, relative to `√(S(x, x) S(x', x'))`."""
-    return (2 + features**0.5) * float(jnp.finfo(dtype).eps)
-
-
-def bound_inputs(
-    activation: Activation,
-    marginal: Callable[[Array], Evaluation],
-    gram_error: float,
-    W_var: Float[Array, ""],
-    injected: Float[Array, " n"],
-    variance: Float[Array, " n"],
-    residual: Float[Array, " n"],
-) -> Inputs:
-    """The inputs with what is not known of them.
-
-    Args:
-      activation: `φ`.
-      marginal: `k -> W_var E[φ²] + S`, with its slope.
-      gram_error: as the function of that name returns it.
-      W_var: `W_std²`.
-      injected: `S(x, x)`, `(n,)`.
-      variance: `K*(x, x)`, likewise.
-      residual: of its equation, likewise.
-    """
+def _bound_inputs(activation, gram_error, W_var, injected, marginals) -> _Inputs:
+    """The equilibria of inputs with themselves, with what is not known of them."""
+    variance = marginals.variance
     rounding = _UNITS * float(jnp.finfo(variance.dtype).eps)
-    off = residual + rounding * variance + gram_error * injected
+    off = marginals.root.residual + rounding * variance + gram_error * injected
 
     def largest(fn, relative):
         ends = (variance * (1 + relative), variance / (1 + relative))
         return jnp.maximum(*map(fn, ends))
 
     def slope(k):
-        slope = marginal(k).slope
+        slope = marginal_map(activation, k, (W_var, injected)).slope
         assert slope is not None
         return slope + rounding
 
@@ -99,44 +171,7 @@ def bound_inputs(
     rate = rate_at(variance)
     moved = largest(lambda k: jnp.abs(rate_at(k) - rate), jnp.minimum(error, 1))
     number = jnp.arange(len(variance))
-    return Inputs(number, injected, variance, error, rate, moved + rounding * rate)
-
-
-def bound_pairs(
-    activation: Activation,
-    series_rtol: float | None,
-    gram_error: float,
-    W_var: Float[Array, ""],
-    inputs1: Inputs,
-    inputs2: Inputs | None,
-    pairs: tuple[
-        Float[Array, "n1 n2"],
-        Float[Array, "n1 n2"],
-        Float[Array, "n1 n2"],
-        Float[Array, "n1 n2"],
-    ],
-) -> tuple[Float[Array, "n1 n2"], Float[Array, "n1 n2"]]:
-    """Returns bounds of the errors of `K*` and of `Θ*`, `(n1, n2)` each.
-
-    Args:
-      activation: `φ`.
-      series_rtol: how exact the angles of `Chebyshev`'s series are; `None` if it was not used.
-      gram_error: as the function of that name returns it.
-      W_var: `W_std²`.
-      inputs1: the first inputs, as `bound_inputs` returns them.
-      inputs2: the second inputs; `None` means that they are the first.
-      pairs: `K*`, `V(K*)`, `V̇(K*)` and the residual, `(n1, n2)` each, as computed.
-    """
-
-    def tile(rows, columns, pairs):
-        found = _tile(activation, series_rtol, gram_error, W_var, rows, columns, pairs)
-        if inputs2 is not None:
-            return found
-        same = rows.number[:, None] == columns.number[None, :]
-        return tuple(jnp.where(same, s[:, None], f) for s, f in zip(_own(rows), found, strict=True))
-
-    columns, mirror = (inputs1, jnp.transpose) if inputs2 is None else (inputs2, None)
-    return by_tiles(tile, inputs1, columns, pairs, mirror)
+    return _Inputs(number, injected, variance, error, rate, moved + rounding * rate)
 
 
 def _over(a: Array, b: Array) -> Array:
@@ -149,7 +184,7 @@ def _divided(a: Array, gap: Array) -> Array:
     return jnp.where(gap > 0, a / jnp.where(gap > 0, gap, 1), jnp.inf)
 
 
-def _own(x: Inputs) -> tuple[Array, Array]:
+def _own(x: _Inputs) -> tuple[Array, Array]:
     """The bounds where an input meets itself."""
     nngp_error, gap = x.variance * x.variance_error, 1 - x.rate - x.rate_error
     return nngp_error, _ntk_error(x.variance, x.rate, nngp_error, x.rate_error, gap)

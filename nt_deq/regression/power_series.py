@@ -18,7 +18,7 @@ from jaxtyping import Float
 from nt_deq import _checks
 from nt_deq.activations import Phi, get_activation
 from nt_deq.errors import ArgumentError, NoEquilibriumError
-from nt_deq.kernels.dense import multiply
+from nt_deq.kernels.equations import multiply
 from nt_deq.typing import Get, KernelFn
 
 _NEWTON_STEPS = 64  # the error halves at worst, and is squared where it is below 1 - a

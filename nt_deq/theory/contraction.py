@@ -13,7 +13,8 @@ from jaxtyping import Float, Num
 from nt_deq import _checks
 from nt_deq.activations import Phi, get_activation
 from nt_deq.fixed_point import Picard
-from nt_deq.kernels.dense import deq_kernel, marginal_map
+from nt_deq.kernels.dense import deq_kernel
+from nt_deq.kernels.equations import marginal_map
 from nt_deq.typing import Number
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Num
 from nt_deq import _checks
 from nt_deq.activations import Phi, get_activation
 from nt_deq.errors import ArgumentError
-from nt_deq.kernels.dense import multiply
+from nt_deq.kernels.equations import multiply
 from nt_deq.typing import Number
 
 

@@ -58,7 +58,7 @@ def test_it_tunes_and_keeps_a_store(tmp_path, monkeypatch):
         ({"W_std": 2.0}, "W_std=2"),
     ],
 )
-def test_settings_that_cannot_be_right(options, message, tmp_path):
+def test_settings_that_cannot_be_right(unchecked, options, message, tmp_path):
     with pytest.raises((InputError, NoEquilibriumError), match=message):
         run(tmp_path, **options)
 
