@@ -158,7 +158,7 @@ def _read_npy(path: str, kinds: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def new(path: str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Shaped[np.ndarray, ...]]:
+def new(path: str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
     """An array on disk to fill, which is at `path` when it is complete."""
     with whole(path) as temporary:
         size = int(np.prod(shape)) * dtype.itemsize

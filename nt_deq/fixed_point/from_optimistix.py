@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING, NoReturn
 
 import jax.numpy as jnp
 from jax import Array
@@ -68,7 +68,7 @@ class Optimistix(Solver):
 
     def solve_entries(
         self, fn: Function, y: Float[Array, "*shape"], args: PyTree, bounds: Bounds
-    ) -> Never:
+    ) -> NoReturn:
         """Refused: a kernel's entries are independent equations."""
         raise ArgumentError(
             f"solver={self} is for networks; kernels need nt_deq.Newton(), nt_deq.Anderson() or "
