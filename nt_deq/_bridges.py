@@ -398,6 +398,24 @@ def enable_x64(enabled: bool) -> AbstractContextManager[None]:
     return context(enabled)
 
 
+@functools.cache
+def instantiate_cotangents() -> None:
+    """Lets JAX before 0.7 transpose a linear solve on whose solution nothing depends."""
+    import jax
+
+    if jax.__version_info__ >= (0, 7):
+        return
+    from jax.interpreters import ad
+
+    primitive = importlib.import_module("jax._src.lax.control_flow.solves").linear_solve_p
+    rule = ad.primitive_transposes[primitive]
+
+    def transpose(cotangents, *operands, **params):
+        return rule([ad.instantiate_zeros(ct) for ct in cotangents], *operands, **params)
+
+    ad.primitive_transposes[primitive] = transpose
+
+
 def shard_map(fn: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:
     """JAX's `shard_map` without its check of replication, which loops of kernels do not pass."""
     import jax

@@ -74,7 +74,7 @@ class _Linear(nnx.Module):
             return 1.0
         return self.W_std / math.prod(self.W.shape[:-1]) ** 0.5
 
-    def _norm(self, W: Float[Array, ...], space: tuple[int, ...]) -> Float[Array, ""]:
+    def _norm(self, W: Array, space: tuple[int, ...]) -> Float[Array, ""]:
         """An upper bound of the norm of `x -> x ∗ W`."""
         raise NotImplementedError
 
@@ -153,7 +153,7 @@ class Dense(_Linear):
             *(W_std, b_std, parameterization, spectral_bound, dtype, param_dtype, rngs),
         )
 
-    def _norm(self, W: Float[Array, ...], space: tuple[int, ...]) -> Float[Array, ""]:
+    def _norm(self, W: Array, space: tuple[int, ...]) -> Float[Array, ""]:
         del space
         return dense_norm(W)
 
@@ -219,7 +219,7 @@ class Conv(_Linear):
             shape, W_std, b_std, parameterization, spectral_bound, dtype, param_dtype, rngs
         )
 
-    def _norm(self, W: Float[Array, ...], space: tuple[int, ...]) -> Float[Array, ""]:
+    def _norm(self, W: Array, space: tuple[int, ...]) -> Float[Array, ""]:
         return convolution_norm(W, space, self.padding)
 
     def __call__(
