@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from itertools import product
-from typing import SupportsIndex, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.core
@@ -26,15 +26,13 @@ from jaxtyping import Float, PyTree
 _T = TypeVar("_T")
 
 Precision: TypeAlias = lax.Precision | tuple[lax.Precision, lax.Precision] | None
-Padding: TypeAlias = tuple[
-    tuple[SupportsIndex, SupportsIndex], ...
-]  # before and after, of each spatial axis
+Padding: TypeAlias = tuple[tuple[int, int], ...]  # before and after, of each spatial axis
 
 
 def convolve(
     x: Float[Array, "batch *_ in_features"],
     W: Float[Array, "*_ in_features out_features"],
-    padding: Sequence[tuple[SupportsIndex, SupportsIndex]],
+    padding: Sequence[tuple[int, int]],
     precision: Precision = lax.Precision.HIGHEST,
 ) -> Float[Array, "batch *_ out_features"]:
     """`y(p) = Σ_q x(p + q - before) W(q)`, with zeros around `x`.
