@@ -111,7 +111,7 @@ def _replaced(x: Array, W: Array, params: dict[str, PyTree]) -> Array:
     y = convolve(
         jnp.transpose(x, (batch, *space, features)),
         jnp.transpose(W, (*taps, in_features, out_features)),
-        params["padding"],
+        [(int(before), int(after)) for before, after in params["padding"]],
         params["precision"],
     )
     batch, features, *space = numbers.out_spec
