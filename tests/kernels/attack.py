@@ -129,6 +129,8 @@ def bisected(name: str, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
             c = (low + high) / 2
             above = W_var * dual(c)[0] + s > c
             low, high = np.where(above, c, low), np.where(above, high, c)
+        equal = (chord == 0) & (k1 == k2)
+        c = np.where(equal, scale, c)  # the last digit of a bisection moves a large V̇
         return c, c / (1 - W_var * dual(c)[1])
 
     moment, bend = (0.5, 0.5) if name == "relu" else (1, 2)
