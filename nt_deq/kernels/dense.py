@@ -13,6 +13,7 @@ How the equations are solved is in `nt_deq.kernels.equations`.
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import NamedTuple
 
@@ -73,7 +74,11 @@ class KernelSolution(NamedTuple):
         evaluate = ErrorBounds.evaluate
         for _ in range(self.nngp.ndim - 2):  # a mapped solution
             evaluate = jax.vmap(evaluate)
-        return evaluate(self.errors, *lax.stop_gradient((self.nngp, self.residual, self.converged)))
+        known = lax.stop_gradient((self.nngp, self.residual, self.converged))
+        # Also where the mode that a float64 solution was computed in has been left.
+        double = self.nngp.dtype == np.float64
+        with enable_x64(True) if double else contextlib.nullcontext():
+            return evaluate(self.errors, *known)
 
     def __repr__(self):
         """Four lines instead of as many numbers as there are pairs."""

@@ -71,3 +71,12 @@ def test_who_asks_for_less_gets_less():
     x = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
     rough = deq_kernel(x, W_std=1.0, solver=Chebyshev(rtol=0.1))
     assert (rough.ntk_error > 0.01 * np.abs(rough.ntk)).any()
+
+
+def test_bounds_of_float64_are_asked_for_later():
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    with enable_x64(True):
+        solution = deq_kernel(x, W_std=1.0)
+        now = np.asarray(solution.ntk_error)
+    np.testing.assert_array_equal(solution.ntk_error, now)
+    assert now.max() < 1e-12
