@@ -326,7 +326,6 @@ def test_signals_end_it_with_files_as_they_were(files):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(0.3)  # it computes
         process.send_signal(number)
         _, err = process.communicate(timeout=120)
         left[number] = process.returncode, len(list(Path().glob(".*"))), err
