@@ -393,6 +393,7 @@ def test_the_limit_of_a_lipschitz_network(W_std):
     np.testing.assert_allclose(h @ h.T / width, expected, atol=4 / width**0.5)
 
 
+@pytest.mark.slow
 def test_the_convolutional_one_keeps_an_equilibrium_of_every_size():
     deq = DEQ(2, 6, W_std=30.0, lipschitz=0.95, kernel_size=(3, 3), rngs=nnx.Rngs(0))
     for shape in ((2, 4, 4, 2), (1, 7, 3, 2)):

@@ -144,6 +144,7 @@ def test_weights_are_repetitions(estimator):
             clone(estimator).fit(x, y, wrong)
 
 
+@pytest.mark.slow
 def test_length_scales_tell_which_features_count():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 3))
