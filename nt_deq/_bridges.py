@@ -398,7 +398,6 @@ def enable_x64(enabled: bool) -> AbstractContextManager[None]:
     return context(enabled)
 
 
-@functools.cache
 def instantiate_cotangents() -> None:
     """Lets JAX before 0.7 transpose a linear solve on whose solution nothing depends."""
     import jax

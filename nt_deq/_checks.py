@@ -26,7 +26,7 @@ def rows(name: str, indices) -> str:
 def standard_deviations(**values) -> None:
     """Raises unless every value is a finite scalar of at least 0 (a traced one: a scalar)."""
     for name, value in values.items():
-        if not _is_real(value):
+        if not _is_real(_dtype(value)):
             raise TypeError(
                 f"{name}={value!r} is not a real number; pass a standard deviation as a float, 0.0 "
                 "for none."
@@ -45,24 +45,27 @@ def standard_deviations(**values) -> None:
 
 def variance(name: str, value) -> None:
     """Raises unless `value` is a finite scalar of at least 0 (a traced one: a scalar)."""
-    known = _is_real(value) and np.ndim(value) == 0
+    known = _is_real(_dtype(value)) and np.ndim(value) == 0
     if not known or not (is_traced(value) or 0 <= value < np.inf):
         raise ArgumentError(
             f"{name}={value!r} must be a variance: one finite number of at least 0."
         )
 
 
-def _is_real(x) -> bool:
-    """Whether `x` is made of real numbers, or Booleans."""
-    dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
-    real = (jnp.floating, jnp.integer, jnp.bool_)
-    return any(jnp.issubdtype(dtype, kind) for kind in real)
+def _dtype(x):
+    """That of an array, or of the array that is made of `x`."""
+    return x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+
+
+def _is_real(dtype) -> bool:
+    """Whether a dtype is of real numbers, or Booleans."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
 def real_numbers(name: str, x) -> None:
     """Raises unless `x`, an array or what is made into one, is made of real numbers."""
-    if not _is_real(x):
-        dtype = getattr(x, "dtype", None) or np.asarray(x).dtype
+    dtype = _dtype(x)
+    if not _is_real(dtype):
         raise TypeError(
             f"{name} is made of {dtype}; pass real numbers, as floats, and categories as a column "
             "of 0 and 1 for each."
@@ -111,7 +114,6 @@ def input_pair(x1, x2) -> tuple[Array, Array | None]:
 
 def examples(name: str, x) -> None:
     """Raises unless `x` has shape `(n, ...)` with `n >= 1` and is finite (if it is not traced)."""
-    real_numbers(name, x)
     if np.ndim(x) < 2 or 0 in np.shape(x):
         raise ArgumentError(
             f"{name} has shape {np.shape(x)}; pass inputs of shape (n, ...), n >= 1."

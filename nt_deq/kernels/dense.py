@@ -31,7 +31,7 @@ from nt_deq.fixed_point.implicit import keep
 from nt_deq.fixed_point.solver import Solver, SteppingSolver
 from nt_deq.kernels.diagnosis import raise_unless_solved
 from nt_deq.kernels.equations import Injection, dense_solver, multiply, solve_equilibrium
-from nt_deq.kernels.error_bounds import ErrorBounds, Errors
+from nt_deq.kernels.error_bounds import ENOUGH, ErrorBounds, Errors, Known
 from nt_deq.kernels.series import Chebyshev
 from nt_deq.typing import Number
 
@@ -158,7 +158,7 @@ def deq_kernel(
         return solution
     assert isinstance(solution.errors, ErrorBounds)
     if solution.errors.are_small() or np.all(
-        (solution.ntk_error <= 0.01 * solution.errors.scale()) | ~solution.converged
+        (solution.ntk_error <= ENOUGH * solution.errors.scale()) | ~solution.converged
     ):
         return solution
     with enable_x64(True):
@@ -196,7 +196,7 @@ def _solve(activation, solver, W_std, U_std, b_std, x1, x2):
     equilibrium = solve_equilibrium(activation, solver, W_var, injection)
     first, second, covariance, dual, slope, solved, residual, steps = equilibrium
     dual = None if isinstance(solver, Chebyshev) else dual
-    known = lax.stop_gradient((W_var, s1, s2, first, second, dual, slope))
+    known = lax.stop_gradient(Known(W_var, s1, s2, first, second, dual, slope))
     solution = KernelSolution(
         nngp=keep(solved, covariance),
         ntk=keep(solved, covariance / (1 - W_var * slope)),

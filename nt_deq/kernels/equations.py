@@ -28,7 +28,7 @@ from nt_deq.fixed_point.solver import (
     check_solver,
     rounding,
 )
-from nt_deq.kernels.series import NEAR, Chebyshev, arc_moment, homogeneous, sine
+from nt_deq.kernels.series import NEAR, Chebyshev, arc_moment, homogeneous, versine
 from nt_deq.kernels.tiles import by_tiles
 
 
@@ -276,7 +276,7 @@ def _solve_by_angle(activation, solver, series, args, chord):
     W_var, s12, k1, k2 = args
     moment, bend = homogeneous(activation, W_var)
     angle, steps = solver.angles(series, chord)
-    cosine = 1 - 2 * sine(angle / 2) ** 2
+    cosine = 1 - versine(angle)
     scale = jnp.sqrt(k1) * jnp.sqrt(k2)
     covariance = scale * cosine
     dual = scale * (moment * cosine + bend * arc_moment(angle))

@@ -27,10 +27,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from nt_deq.kernels.equations import marginal_map
-from nt_deq.kernels.series import NEAR, Chebyshev, arc_moment, homogeneous, sine
+from nt_deq.kernels.equations import Marginals, marginal_map
+from nt_deq.kernels.series import NEAR, Chebyshev, arc_moment, homogeneous, versine
 from nt_deq.kernels.tiles import by_tiles
 
+ENOUGH = 0.01  # of the scale of `Θ*`: what float32 must give
 _UNITS = 2.0  # rounding errors of an equation that is evaluated once, in eps
 
 
@@ -41,14 +42,34 @@ class Errors(NamedTuple):
     ntk: Float[Array, "n1 n2"]
 
 
+class Known(NamedTuple):
+    """What was computed of a kernel besides itself.
+
+    Attributes:
+      W_var: `W_std²`.
+      injected1, injected2: `S(x, x)` of the first and of the second inputs, `(n,)`; `injected2` is
+        `None` where these are the first.
+      marginals1, marginals2: their equilibria.
+      dual: `V(K*)`, `(n1, n2)`; `None` of the series, which does without.
+      dual_slope: `V̇(K*)`, likewise.
+    """
+
+    W_var: Float[Array, ""]
+    injected1: Float[Array, " n1"]
+    injected2: Float[Array, " n2"] | None
+    marginals1: Marginals
+    marginals2: Marginals
+    dual: Float[Array, "n1 n2"] | None
+    dual_slope: Float[Array, "n1 n2"]
+
+
 @jax.tree_util.register_pytree_node_class
 class ErrorBounds:
     """What the bounds are computed of, where they are asked for: they cost several solutions.
 
     Attributes:
       activation, solver, features: of the kernel, `features` a number.
-      known: `(W_var, variances of S of the first inputs, of the second or None, Marginals of the
-        first and of the second, V(K*), V̇(K*))`; the series does without `V(K*)`.
+      known: what was computed of it, `Known`.
     """
 
     def __init__(self, activation, solver, features, known):
@@ -67,22 +88,22 @@ class ErrorBounds:
     @jax.jit
     def evaluate(self, nngp: Array, residual: Array, solved: Array) -> Errors:
         """Computes them, given what a `KernelSolution` has, `(n1, n2)` each."""
-        W_var, _, s2, _, _, dual, slope = self.known
+        known, symmetric = self.known, self.known.injected2 is None
         rows, columns = self._inputs()
         series = isinstance(self.solver, Chebyshev)
         rtol = (self.solver.rtol or 0.0) if series else None
-        pair = partial(_tile, self.activation, rtol, self._gram_error(), W_var)
+        pair = partial(_tile, self.activation, rtol, self._gram_error(), known.W_var)
 
         def tile(rows, columns, pairs):
             found = pair(rows, columns, pairs)
-            if s2 is not None:
+            if not symmetric:
                 return found
             same = rows.number[:, None] == columns.number[None, :]
             own = _own(rows)
             return tuple(jnp.where(same, s[:, None], f) for s, f in zip(own, found, strict=True))
 
-        pairs = jnp.where(solved, nngp, 0), dual, slope, residual
-        mirror = jnp.transpose if s2 is None else None
+        pairs = jnp.where(solved, nngp, 0), known.dual, known.dual_slope, residual
+        mirror = jnp.transpose if symmetric else None
         bounds = by_tiles(tile, rows, columns, pairs, mirror)
         return Errors(*(jnp.where(solved, bound, jnp.nan) for bound in bounds))
 
@@ -92,30 +113,30 @@ class ErrorBounds:
 
         `J` changes most with `ρ` where `ρ` is 1. Takes no time, where most kernels need no more.
         """
-        W_var, _, _, *both, _, _ = self.known
-        eps = float(jnp.finfo(W_var.dtype).eps)
+        known, eps = self.known, float(jnp.finfo(self.known.W_var.dtype).eps)
+        both = known.marginals1, known.marginals2
         found = []
         for x, marginals in zip(self._inputs(), both, strict=True):
             k = x.variance
             off = 2 * (self._gram_error() + x.variance_error) + 16 * eps
             delta = jnp.minimum(_divided(off, 1 - x.rate - x.rate_error), 1)
             beside = self.activation.dual(k, k, k * (1 - jnp.maximum(delta, 64 * eps)))[1]
-            rate_error = x.rate_error + W_var * jnp.abs(marginals.dual_slope - beside)
+            rate_error = x.rate_error + known.W_var * jnp.abs(marginals.dual_slope - beside)
             gap = 1 - x.rate - rate_error
             error = _divided(delta + x.variance_error + rate_error, gap)
-            found.append(jnp.all((error < 0.01) | ~marginals.exists | (k == 0)))
+            found.append(jnp.all((error < ENOUGH) | ~marginals.exists | (k == 0)))
         return found[0] & found[1]
 
     @jax.jit
     def scale(self) -> Array:
         """`√(Θ*(x, x) Θ*(x', x'))`, `(n1, n2)`."""
-        _, _, _, first, second, _, _ = self.known
-        root1, root2 = (jnp.sqrt(each.variance / (1 - each.rate)) for each in (first, second))
+        both = self.known.marginals1, self.known.marginals2
+        root1, root2 = (jnp.sqrt(each.variance / (1 - each.rate)) for each in both)
         return root1[:, None] * root2[None, :]
 
     def _gram_error(self) -> float:
         """Bound of the error of `S(x, x')`, relative to `√(S(x, x) S(x', x'))`."""
-        return (2 + self.features**0.5) * float(jnp.finfo(self.known[0].dtype).eps)
+        return (2 + self.features**0.5) * float(jnp.finfo(self.known.W_var.dtype).eps)
 
     def _inputs(self) -> tuple[_Inputs, _Inputs]:
         """The first and the second inputs with what is not known of them."""
@@ -250,11 +271,8 @@ def _tile(activation, series_rtol, gram_error, W_var, rows, columns, pairs) -> t
 def _of_angle(activation, off, W_var, dual_slope, injected, errors) -> _Sensitivity:
     """Of a homogeneous `φ`, where `g` depends on the variances by `S/√(k k')` alone."""
     _, bend = homogeneous(activation, W_var)
-    versine = 1 - jnp.cos(_angle(activation, W_var, dual_slope))
-
-    def spread(delta):
-        return W_var * bend / jnp.pi * _angle_error(versine, delta)
-
+    y = versine(_angle(activation, W_var, dual_slope))
+    spread = partial(_angle_spread, W_var * bend / jnp.pi, y)
     return _Sensitivity(off + jnp.abs(injected) * sum(errors) / 2, 0.0, 0.0, spread)
 
 
@@ -265,19 +283,16 @@ def _of_series(activation, gram_error, rounding, rtol, W_var, rho, dual_slope) -
     """
     moment, bend = homogeneous(activation, W_var)
     angle = _angle(activation, W_var, dual_slope)
-    versine = jnp.where(bend == 0, 1 - rho, 2 * sine(angle / 2) ** 2)
+    y = jnp.where(bend == 0, 1 - rho, versine(angle))
     gap = 1 - W_var * moment
     bent = W_var * bend * arc_moment(angle)
-    chord = jnp.sqrt(2 * (versine + bent / gap))
+    chord = jnp.sqrt(2 * (y + bent / gap))
     near = chord * chord <= NEAR * float(jnp.finfo(chord.dtype).eps)
     of_correlation = jnp.where(near, chord * (gram_error + rounding), 2 * gram_error + rounding)
-
-    def spread(delta):
-        return W_var * bend / jnp.pi * _angle_error(versine, delta)
-
+    per_radian = W_var * bend / jnp.pi  # how much J falls with the angle
     off = gap * of_correlation + bent * rounding / gap
-    cosine, moved_rate = rounding + 2 * rtol * versine, W_var * bend / jnp.pi * angle * rtol
-    return _Sensitivity(off, cosine, moved_rate, spread)
+    cosine, moved_rate = rounding + 2 * rtol * y, per_radian * angle * rtol
+    return _Sensitivity(off, cosine, moved_rate, partial(_angle_spread, per_radian, y))
 
 
 def _angle(activation, W_var, dual_slope) -> Array:
@@ -287,16 +302,16 @@ def _angle(activation, W_var, dual_slope) -> Array:
     return jnp.clip(angle, 0, jnp.pi)
 
 
-def _angle_error(versine: Array, delta: Array) -> Array:
-    """How far `α = arccos(1 - y)` may move where `y` moves by `delta`.
+def _angle_spread(per_radian: Array, y: Array, delta: Array) -> Array:
+    """How far `J` may move where `y = 1 - cos α` moves by `delta`, if it moves so with the angle.
 
     `dα/dy = 1/√(y(2 - y))`; and `α` is concave up to its middle, so that it moves by no more than
     from 0.
     """
     anywhere = jnp.sqrt(delta) * float(jnp.pi / 2**0.5)
-    side = jnp.minimum(versine, 2 - versine) - delta
+    side = jnp.minimum(y, 2 - y) - delta
     beside = delta / jnp.sqrt(jnp.where(side > 0, side * (2 - side), 1))
-    return jnp.where(side > 0, jnp.minimum(anywhere, beside), anywhere)
+    return per_radian * jnp.where(side > 0, jnp.minimum(anywhere, beside), anywhere)
 
 
 def _of_any(

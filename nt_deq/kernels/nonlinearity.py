@@ -33,27 +33,35 @@ def apply_dual(activation: Activation, k: nt.Kernel) -> nt.Kernel:
         def within(cov):
             return activation.dual(*_outer(_variances(cov)), cov)[0]
 
+    cov1, cov2 = (cov if cov is None else within(cov) for cov in (k.cov1, k.cov2))
+    _raise_beyond_range(activation, ((k.cov1, cov1), (k.cov2, cov2)))
     nngp, slope = activation.dual(rows[:, None], columns[None, :], k.nngp)
-    _raise_beyond_range(activation, rows, columns, k.nngp, nngp)
     return k.replace(
         nngp=nngp,
         ntk=None if k.ntk is None else slope * k.ntk,
-        cov1=within(k.cov1),
-        cov2=None if k.cov2 is None else within(k.cov2),
+        cov1=cov1,
+        cov2=cov2,
         is_gaussian=False,
     )
 
 
-def _raise_beyond_range(activation, rows, columns, before, after) -> None:
-    """Raises where an eager kernel has lost its numbers."""
-    if is_traced(before, after) or not bool(jnp.any(jnp.isfinite(before) & jnp.isnan(after))):
-        return
-    largest = max(float(jnp.max(rows)), float(jnp.max(columns)))
-    raise NotConvergedError(
-        f"activation={activation.name!r}: its expectations are not known in {after.dtype} at all "
-        f"variances, of which the largest here is {largest:.4g}; make the inputs or the weights "
-        "before it smaller, or take an activation with a closed form, such as 'erf'."
-    )
+def _raise_beyond_range(activation, covariances) -> None:
+    """Raises where inputs' own covariances, pairs of those before and after, lost their numbers.
+
+    An eager kernel alone; what is not known of a pair is not known of one of its inputs.
+    """
+    for before, after in covariances:
+        if before is None or is_traced(before, after):
+            continue
+        lost = jnp.isfinite(before) & jnp.isnan(after)
+        if jnp.any(lost):
+            largest = float(jnp.max(jnp.where(jnp.isfinite(before), before, 0)))
+            raise NotConvergedError(
+                f"activation={activation.name!r}: its expectations are not known in {after.dtype} "
+                f"at all variances, of which the largest here is {largest:.4g}; make the inputs or "
+                "the weights before it smaller, or take an activation with a closed form, such as "
+                "'erf'."
+            )
 
 
 def _variances(cov: Array) -> Array:

@@ -116,7 +116,7 @@ class Chebyshev(Newton):
 
         def advance(carry):
             step, angle, _ = carry
-            old = 2 * sine(angle / 2) ** 2
+            old = versine(angle)
             value, slope = omega * arc_moment(angle), omega * angle / math.pi
             new = jnp.clip(old - (old + value - target) / (1 + slope), 0, target)
             # 1 + cos α as a sum of positive terms, so that α has all its digits near π too.
@@ -135,6 +135,11 @@ def sine(angle: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`sin α` for `α` in [0, π/2] by its Taylor series, which fuses where a call does not."""
     terms = [(-1) ** k / math.factorial(2 * k + 1) for k in range(_terms(angle, 6, 11))]
     return angle * _polynomial(terms, angle * angle)
+
+
+def versine(angle: Array) -> Array:
+    """`1 - cos α` for `α` in [0, π], without its cancellation near 0."""
+    return 2 * sine(angle / 2) ** 2
 
 
 def arc_moment(angle: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

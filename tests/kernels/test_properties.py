@@ -1,5 +1,6 @@
 """What holds of the kernel for every input: of any norm, twice, opposite, zero."""
 
+import attack
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,44 +82,15 @@ def test_the_error_bound_bounds_the_error(problem):
     assert (bound <= tight).all()
 
 
-PI = 4 * np.arctan(np.longdouble(1))
-
-
-def longdouble_root(name, W_var, s12, k1, k2):
-    """`c = W_var V(k1, k2, c) + s12` by bisection, in 64 bits of mantissa."""
-    scale = np.sqrt(k1 * k2)
-    low, high = -scale, scale
-    for _ in range(75):
-        c = (low + high) / 2
-        if name == "relu":
-            rho = c / np.where(scale == 0, 1, scale)
-            angle = np.arctan2(np.sqrt((1 - rho) * (1 + rho)), rho)
-            dual = scale * (np.sin(angle) + (PI - angle) * rho)
-            dual = dual / (2 * PI)
-        else:
-            root = np.sqrt(1 + 2 * (k1 + k2) + 4 * (k1 * k2 - c * c))
-            dual = np.arctan2(2 * c, root) * 2 / PI
-        above = W_var * dual + s12 > c
-        low, high = np.where(above, c, low), np.where(above, high, c)
-    return (low + high) / 2
-
-
 @EXAMPLES
 @given(problems(names=("relu", "erf"), largest=2))
 def test_the_error_bound_holds_in_float64(problem):
     x, arguments = problem
     x = x.astype(float)
     ours = deq_kernel(x, **arguments)
-    wide = x.astype(np.longdouble)
-    W_var, U_var, b_var = (np.longdouble(arguments[f"{n}_std"]) ** 2 for n in "WUb")
-    s = U_var * wide @ wide.T / x.shape[1] + b_var
-    k = np.diag(s) / (1 - W_var / 2)
-    if arguments["activation"] == "erf":
-        k = np.diag(s).copy()
-        for _ in range(300):
-            dual = np.arctan2(2 * k, np.sqrt(1 + 4 * k)) * 2 / PI
-            k = W_var * dual + np.diag(s)
-    exact = longdouble_root(arguments["activation"], W_var, s, k[:, None], k[None, :])
+    name, *stds = (arguments[key] for key in ("activation", "W_std", "U_std", "b_std"))
+    problem = attack.Problem(x[None], *(np.array([std]) for std in stds))
+    exact = attack.bisected(name, problem)[0][0]
     assert (np.abs(np.asarray(ours.nngp) - exact) <= np.asarray(ours.nngp_error)).all()
 
 
