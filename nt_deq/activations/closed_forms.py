@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.scipy.special import erf
-from jaxtyping import Float
 
-Batch = Float[Array, "*#batch"]  # elementwise: shapes that broadcast
+from nt_deq.activations.elementary import Batch, arctan2
+
 Moments = tuple[Batch, Batch]
 
 
@@ -46,7 +46,7 @@ def _sine(rho: Batch) -> Batch:
 def _arc_cosine(rho: Batch) -> Moments:
     """The arc-cosine kernels `κ0, κ1` of degree 0 and 1 (Cho & Saul 2009)."""
     sine = _sine(rho)
-    angle = jnp.arctan2(sine, -rho) / jnp.pi  # (π - arccos ρ)/π
+    angle = arctan2(sine, -rho) / jnp.pi  # (π - arccos ρ)/π
     return angle, sine / jnp.pi + angle * rho
 
 
@@ -92,13 +92,13 @@ def erf_dual(k1: Batch, k2: Batch, c: Batch) -> Moments:
     With `q = 1 + 2(k1 + k2) + 4(k1 k2 - c²)`.
     """
     root = jnp.sqrt(1 + 2 * (k1 + k2) + 4 * _determinant(k1, k2, c))
-    return 2 / jnp.pi * jnp.arctan2(2 * c, root), 4 / jnp.pi / root
+    return 2 / jnp.pi * arctan2(2 * c, root), 4 / jnp.pi / root
 
 
 def erf_dual_diagonal(k: Batch) -> Moments:
     """`erf_dual(k, k, k)`."""
     root = jnp.sqrt(1 + 4 * k)
-    return 2 / jnp.pi * jnp.arctan2(2 * k, root), 4 / jnp.pi / root
+    return 2 / jnp.pi * arctan2(2 * k, root), 4 / jnp.pi / root
 
 
 def gelu(z: Batch) -> Batch:
@@ -126,7 +126,7 @@ def _gelu_moments(k1: Batch, k2: Batch, c: Batch, determinant: Batch) -> Moments
     root = 2 * jnp.sqrt(0.25 + (k1 / 4 + k2 / 4) + determinant / 4)
     root = jnp.where(jnp.isfinite(root), root, jnp.nan)
     tangent = c / root
-    angle = jnp.arctan2(c, root)
+    angle = arctan2(c, root)
     saturation = (k1 * inverse1) * (k2 * inverse2)
     correlation = (c * inverse1) * (c * inverse2)
     v = c / 4 + (c * angle + saturation * root + correlation / root) / (2 * jnp.pi)

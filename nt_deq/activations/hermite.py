@@ -30,7 +30,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from nt_deq.activations.closed_forms import Batch, Moments
+from nt_deq.activations.closed_forms import Moments
+from nt_deq.activations.elementary import Batch
 from nt_deq.activations.expansion import (
     CHUNK,
     VARIANCES,

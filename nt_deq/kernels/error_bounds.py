@@ -27,8 +27,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from nt_deq.activations.elementary import arc_moment, versine
 from nt_deq.kernels.equations import Marginals, marginal_map
-from nt_deq.kernels.series import NEAR, Chebyshev, arc_moment, homogeneous, versine
+from nt_deq.kernels.series import NEAR, Chebyshev, homogeneous
 from nt_deq.kernels.tiles import by_tiles
 
 ENOUGH = 0.01  # of the scale of `Θ*`: what float32 must give

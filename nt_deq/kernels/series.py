@@ -12,6 +12,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from nt_deq.activations import Activation
+from nt_deq.activations.elementary import arc_moment, arctan2, versine
 from nt_deq.fixed_point.newton import Newton
 from nt_deq.fixed_point.solver import rounding
 
@@ -121,7 +122,7 @@ class Chebyshev(Newton):
             new = jnp.clip(old - (old + value - target) / (1 + slope), 0, target)
             # 1 + cos α as a sum of positive terms, so that α has all its digits near π too.
             rest = (2 - chord) * (2 + chord) / 2 + jnp.maximum(value + slope * (new - old), 0)
-            angle = 2 * jnp.arctan2(jnp.sqrt(new), jnp.sqrt(rest))
+            angle = 2 * arctan2(jnp.sqrt(new), jnp.sqrt(rest))
             return step + 1, angle, jnp.max(jnp.abs(new - old) / jnp.where(new > 0, new, 1))
 
         first = jnp.asarray(step, jnp.int32)
@@ -129,37 +130,6 @@ class Chebyshev(Newton):
             unfinished, advance, (first, angle, jnp.array(jnp.inf, chord.dtype))
         )
         return angle, last - first
-
-
-def sine(angle: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`sin α` for `α` in [0, π/2] by its Taylor series, which fuses where a call does not."""
-    terms = [(-1) ** k / math.factorial(2 * k + 1) for k in range(_terms(angle, 6, 11))]
-    return angle * _polynomial(terms, angle * angle)
-
-
-def versine(angle: Array) -> Array:
-    """`1 - cos α` for `α` in [0, π], without its cancellation near 0."""
-    return 2 * sine(angle / 2) ** 2
-
-
-def arc_moment(angle: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`M(α) = (sin α - α cos α)/π` for `α` in [0, π], without its cancellation near 0."""
-    terms = [
-        (-1) ** k * (2 * k + 2) / math.factorial(2 * k + 3) / math.pi
-        for k in range(_terms(angle, 9, 14))
-    ]
-    return angle**3 * _polynomial(terms, angle * angle)
-
-
-def _terms(x: Array, single: int, double: int) -> int:
-    return double if jnp.finfo(x.dtype).bits == 64 else single
-
-
-def _polynomial(terms, x):
-    total = jnp.full_like(x, terms[-1])
-    for term in terms[-2::-1]:
-        total = total * x + term
-    return total
 
 
 def _chebyshev_sum(series, t):

@@ -7,7 +7,6 @@ import pytest
 
 from nt_deq import Activation, Chebyshev, Newton, deq_kernel, stax
 from nt_deq.activations import ACTIVATIONS
-from nt_deq.kernels.series import arc_moment, sine
 
 HOMOGENEOUS = ["relu", "leaky_relu", "abs", "identity"]
 BY_SERIES = [0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.998]
@@ -44,17 +43,6 @@ def test_it_inverts_the_explicit_inverse(dtype, a):
     error = omega / np.pi * np.abs(angle - expected) / (1 + omega / np.pi * expected)
     assert error.max() < 40 * eps
     np.testing.assert_array_equal(angle[expected == 0], 0)
-
-
-def test_the_elementary_functions(dtype):
-    eps = np.finfo(dtype).eps
-    x = np.linspace(0, np.pi, 1001).astype(dtype)
-    wide = x.astype(np.longdouble)
-    np.testing.assert_allclose(sine(jnp.asarray(x / 2)), np.sin(wide / 2), rtol=4 * eps)
-    exact = (np.sin(wide) - wide * np.cos(wide)) / np.pi
-    np.testing.assert_allclose(arc_moment(jnp.asarray(x)), exact, atol=4 * eps)
-    tiny = np.array([1e-3, 1e-5], dtype)
-    np.testing.assert_allclose(arc_moment(jnp.asarray(tiny)), tiny**3 / (3 * np.pi), rtol=1e-6)
 
 
 def circle(n=24):
