@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float
+from jax import Array, lax
+from jaxtyping import Float, PyTree
 
-from nt_deq.fixed_point.solver import Bounds, Evaluation, SteppingSolver
+from nt_deq.fixed_point.solver import Bounds, Evaluation, Function, SteppingSolver
+
+# By the bits of the dtype: each doubles the number of digits.
+_FIRST_STEPS = {32: 3, 64: 4}
 
 
 @dataclass(frozen=True)
 class Newton(SteppingSolver):
-    """Newton's method `y ← y + (F(y) - y) / (1 - F'(y))`: 3 to 5 steps, whatever the rate.
+    """Newton's method `y ← y + (F(y) - y) / (1 - F'(y))`: 4 or 5 steps, whatever the rate.
 
     So many from a start as near as that of a pair. For kernels whose entries are independent
     equations. The derivative costs nothing for a covariance, where it is `J = W_std² V̇` and the
@@ -53,3 +56,23 @@ class Newton(SteppingSolver):
         rising = above & (found.slope >= 1)
         otherwise = jnp.where(rising, jnp.minimum(double, (y + upper) / 2), found.value)
         return jnp.where(inside, step, otherwise), Bounds(lower, upper)
+
+    def approach(
+        self, fn: Function, y: Float[Array, "*shape"], args: PyTree, bounds: Bounds
+    ) -> tuple[Float[Array, "*shape"], int]:
+        """The first steps, of an `F` whose slope is below 1 between the bounds, without a bracket.
+
+        XLA fuses each of them into one pass over memory, where a step of the loop takes a dozen.
+
+        Returns:
+          A `y` from which the loop seldom has more to do than to find that it has converged, and
+          how many steps that took.
+        """
+        steps = min(_FIRST_STEPS[jnp.finfo(y.dtype).bits], self.max_steps - 1)
+
+        def advance(_, y):
+            found = fn(y, args)
+            assert found.slope is not None
+            return jnp.clip(y + (found.value - y) / (1 - found.slope), *bounds)
+
+        return lax.fori_loop(0, steps, advance, y), steps

@@ -8,6 +8,7 @@ the equations of all pairs are one function of the correlation of the inputs, an
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -235,10 +236,14 @@ def _solve_by_steps(activation, solver, args, correlation):
     """Covariance, `V`, `V̇`, residual and steps of a tile of pairs, by the solver's steps."""
     _, _, k1, k2 = args
     scale = jnp.sqrt(k1) * jnp.sqrt(k2)
-    pair = partial(_pair_map, activation)
-    root, duals = solver.solve_entries(pair, scale * correlation, args, Bounds(-scale, scale))
+    pair, c, bounds = partial(_pair_map, activation), scale * correlation, Bounds(-scale, scale)
+    steps = 0
+    if isinstance(solver, Newton):  # J of a pair is at most the larger one of its inputs
+        c, steps = solver.approach(pair, c, args, bounds)
+        solver = dataclasses.replace(solver, max_steps=solver.max_steps - steps)
+    root, duals = solver.solve_entries(pair, c, args, bounds)
     covariance = jnp.where(root.converged, root.value, jnp.nan)
-    return covariance, *duals, root.residual, root.steps
+    return covariance, *duals, root.residual, steps + root.steps
 
 
 def _chord(correlation: Array) -> Array:
