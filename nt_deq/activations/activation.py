@@ -5,8 +5,9 @@ For `(u, u') ~ N(0, [[k1, c], [c, k2]])` the infinite-width kernels need the *du
 
     V = E[φ(u) φ(u')],     V̇ = E[φ'(u) φ'(u')] = ∂V/∂c   (Price's theorem).
 
-Closed forms are in `nt_deq.activations.closed_forms`; a function without one is expanded in Hermite
-polynomials (`nt_deq.activations.hermite`).
+Closed forms are in `nt_deq.activations.closed_forms`, and mixtures of them, as tanh, in
+`nt_deq.activations.mixtures`; a function without is expanded in Hermite polynomials
+(`nt_deq.activations.hermite`).
 
 A function is known by its values: `jax.nn.relu` and `lambda z: jnp.maximum(z, 0)` are `"relu"`. But
 `jax.nn.gelu` is not `"gelu"`: by default it is an approximation by tanh, off by up to 5e-4, whose
@@ -32,7 +33,7 @@ from jax.scipy.special import erf
 
 from nt_deq._bridges import enable_x64
 from nt_deq._checks import is_traced
-from nt_deq.activations import closed_forms, hermite
+from nt_deq.activations import closed_forms, hermite, mixtures
 from nt_deq.activations.closed_forms import Moments
 from nt_deq.errors import ArgumentError
 
@@ -121,6 +122,12 @@ def smooth(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activat
     return Activation(name, fn, dual, Formula(hermite.dual_diagonal, (fn,)), lipschitz)
 
 
+def _mixture(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activation:
+    components = getattr(mixtures, name.upper())
+    dual = Formula(mixtures.dual, (components, fn))
+    return Activation(name, fn, dual, Formula(mixtures.dual_diagonal, (components,)), lipschitz)
+
+
 def _closed_form(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activation:
     dual, diagonal = (getattr(closed_forms, f"{name}_{kind}") for kind in ("dual", "dual_diagonal"))
     return Activation(name, fn, dual, diagonal, lipschitz)
@@ -138,10 +145,10 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
             _closed_form("gelu", closed_forms.gelu, lipschitz=1.1289041451851549),
             _closed_form("sin", jnp.sin, lipschitz=1.0),
             _closed_form("cos", jnp.cos, lipschitz=1.0),
-            smooth("tanh", jnp.tanh, lipschitz=1.0),
-            smooth("sigmoid", jax.nn.sigmoid, lipschitz=0.25),
-            smooth("softplus", jax.nn.softplus, lipschitz=1.0),
-            smooth("silu", jax.nn.silu, lipschitz=1.0998393201288643),
+            _mixture("tanh", jnp.tanh, lipschitz=1.0),
+            _mixture("sigmoid", jax.nn.sigmoid, lipschitz=0.25),
+            _mixture("softplus", jax.nn.softplus, lipschitz=1.0),
+            _mixture("silu", jax.nn.silu, lipschitz=1.0998393201288643),
         )
     }
 )

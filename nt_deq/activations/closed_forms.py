@@ -31,7 +31,7 @@ def _sqrt(x: Batch) -> Batch:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
-def _determinant(k1: Batch, k2: Batch, c: Batch) -> Batch:
+def covariance_determinant(k1: Batch, k2: Batch, c: Batch) -> Batch:
     """`k1 k2 - c²`, at least 0."""
     return _clip(k1 * k2 - c * c, 0, None)
 
@@ -87,18 +87,35 @@ def piecewise_linear_dual_diagonal(negative: float, positive: float, k: Batch) -
 
 
 def erf_dual(k1: Batch, k2: Batch, c: Batch) -> Moments:
-    """`V = 2/π arctan(2c/√q)` and `V̇ = 4/(π√q)` (Williams 1997).
-
-    With `q = 1 + 2(k1 + k2) + 4(k1 k2 - c²)`.
-    """
-    root = jnp.sqrt(1 + 2 * (k1 + k2) + 4 * _determinant(k1, k2, c))
-    return 2 / jnp.pi * arctan2(2 * c, root), 4 / jnp.pi / root
+    """As `erf_moments` has it."""
+    return erf_moments(k1, k2, c, covariance_determinant(k1, k2, c))
 
 
 def erf_dual_diagonal(k: Batch) -> Moments:
     """`erf_dual(k, k, k)`."""
-    root = jnp.sqrt(1 + 4 * k)
-    return 2 / jnp.pi * arctan2(2 * k, root), 4 / jnp.pi / root
+    return erf_moments(k, k, k, jnp.zeros_like(k))
+
+
+def erf_moments(k1: Batch, k2: Batch, c: Batch, determinant: Batch) -> Moments:
+    """`V = 2/π arctan(2c/√q)` and `V̇ = 4/(π√q)` (Williams 1997).
+
+    With `q = 1 + 2(k1 + k2) + 4(k1 k2 - c²)`.
+    """
+    root = jnp.sqrt(1 + 2 * (k1 + k2) + 4 * determinant)
+    return 2 / jnp.pi * arctan2(2 * c, root), 4 / jnp.pi / root
+
+
+def normal_moments(k1: Batch, k2: Batch, c: Batch, determinant: Batch) -> Moments:
+    """Those of `Φ`, the distribution function of the standard normal."""
+    root = jnp.sqrt(1 + (k1 + k2) + determinant)
+    return arctan2(root, -c) / (2 * jnp.pi), 1 / (2 * jnp.pi) / root
+
+
+def smooth_relu_moments(k1: Batch, k2: Batch, c: Batch, determinant: Batch) -> Moments:
+    """Those of the integral of `Φ`: of ReLU, as noise of variance 1 makes it smooth."""
+    root = jnp.sqrt(1 + (k1 + k2) + determinant)
+    angle = arctan2(root, -c)
+    return (root + c * angle) / (2 * jnp.pi), angle / (2 * jnp.pi)
 
 
 def gelu(z: Batch) -> Batch:
@@ -107,16 +124,16 @@ def gelu(z: Batch) -> Batch:
 
 
 def gelu_dual(k1: Batch, k2: Batch, c: Batch) -> Moments:
-    """As `_gelu_moments` has it."""
-    return _gelu_moments(k1, k2, c, _determinant(k1, k2, c))
+    """As `gelu_moments` has it."""
+    return gelu_moments(k1, k2, c, covariance_determinant(k1, k2, c))
 
 
 def gelu_dual_diagonal(k: Batch) -> Moments:
     """`gelu_dual(k, k, k)`."""
-    return _gelu_moments(k, k, k, jnp.zeros_like(k))
+    return gelu_moments(k, k, k, jnp.zeros_like(k))
 
 
-def _gelu_moments(k1: Batch, k2: Batch, c: Batch, determinant: Batch) -> Moments:
+def gelu_moments(k1: Batch, k2: Batch, c: Batch, determinant: Batch) -> Moments:
     """By Stein's lemma from `E[Φ(u)Φ(u')] = 1/4 + arcsin(c/√p)/2π`, with `p = (1 + k1)(1 + k2)`.
 
     `V̇` is `∂V/∂c`, and `root² = p - c²` (Tsuchida et al. 2021, "Avoiding kernel fixed points").
