@@ -463,6 +463,17 @@ def test_a_store_goes_on_and_does_not_trust_a_damaged_tile(data, tmp_path, monke
     np.testing.assert_array_equal(again.coefficients_, whole.coefficients_)
 
 
+def test_damaged_tiles_at_the_edge_are_computed_anew(data, tmp_path):
+    data = data[0][:110], data[1][:110]  # the last tiles have 14 rows of 48
+    whole = fit(data, store=tmp_path / "k")
+    before = tiles(tmp_path / "k")
+    for name, content in before.items():
+        (tmp_path / "k" / name).write_bytes(content[:50])
+    again = fit(data, store=tmp_path / "k")
+    assert tiles(tmp_path / "k") == before
+    np.testing.assert_array_equal(again.coefficients_, whole.coefficients_)
+
+
 def test_a_store_of_another_kernel_says_in_which_setting(data, tmp_path):
     store, key = tmp_path / "k", {"W_std": 1.5, "b_std": 0.2}
     fit(data, store=store, store_key=key)
@@ -514,6 +525,18 @@ def test_a_store_of_something_else_is_refused(data, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("everything")
     with pytest.raises(StoreError, match="something else"):
         fit(data, store=tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "{}", '{"attributes": []}', '{"attributes": {"nt_deq": 1}}',
+     '{"attributes": {"nt_deq": {"key": {}}}}', '{"zarr_format": 3, "node_type": "group"}'],
+)  # fmt: skip
+def test_a_store_with_another_zarr_json_is_refused(content, data, tmp_path):
+    (tmp_path / "zarr.json").write_text(content)
+    with pytest.raises(StoreError, match=r"files of something else \(such as 'zarr.json'\)"):
+        fit(data, store=tmp_path)
+    assert (tmp_path / "zarr.json").read_text() == content
 
 
 def test_a_full_disk_keeps_what_is_there(data, tmp_path):
