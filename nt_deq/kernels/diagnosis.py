@@ -58,7 +58,7 @@ def raise_unless_solved(
                 "U_std smaller, or take an activation with a closed form, such as 'erf'."
             )
         slow = not marginals.root.converged[row] and np.isfinite(k)
-        if slow and not _rate_of_large(activation, W_std, k, dtype) >= 1:
+        if slow and not (rate >= 1 and _rate_of_large(activation, W_std, k, dtype) >= 1):
             raise NotConvergedError(
                 f"the variance of {where} has not converged after {solver.max_steps} steps of "
                 f"{type(solver).__name__} (W_std² E[φ'(z*)²] = {rate:.6g}); allow more max_steps, "
@@ -121,9 +121,24 @@ def raise_unless_cell_solved(
                 f"{dtype}; make the inputs or the weights of inject smaller."
             )
         gone = ~np.isfinite(np.asarray(rates.residual))
-        unstable = gone | (solved & ~np.asarray(rates.stable))
-        if not (solved | gone).all():
-            unstable |= ~solved & ~(rate < 1) & (np.asarray(large_rates()[i]) >= 1)
+        unstable = solved & ~np.asarray(rates.stable)
+        if not solved.all():
+            large = np.asarray(large_rates()[i])
+            unstable |= ~solved & ~(rate < 1) & (large >= 1)
+            unknown = gone & np.isnan(large)
+            if unknown.any():
+                raise NotConvergedError(
+                    f"FixedPoint: the expectations of a nonlinearity of the cell are not known in "
+                    f"{dtype} at the variances that {rows(unknown)} reached; make the inputs or "
+                    "the weights of inject smaller, or take one with a closed form, such as "
+                    "stax.Erf."
+                )
+            overflowed = gone & ~unstable
+            if overflowed.any():
+                raise OverflowError(
+                    f"FixedPoint: the variance of {rows(overflowed)} overflows {dtype}; make the "
+                    "inputs or the weights of inject smaller."
+                )
         if np.asarray(rates.jumps)[unstable].any():
             raise NoEquilibriumError(
                 "FixedPoint: a nonlinearity of the cell jumps, as stax.Sign does: states that are "

@@ -32,7 +32,7 @@ from nt_deq.kernels.series import NEAR, Chebyshev, arc_moment, homogeneous, vers
 from nt_deq.kernels.tiles import by_tiles
 
 ENOUGH = 0.01  # of the scale of `Θ*`: what float32 must give
-_UNITS = 2.0  # rounding errors of an equation that is evaluated once, in eps
+_UNITS = 3.0  # rounding errors of an equation that is evaluated once, in eps
 
 
 class Errors(NamedTuple):
