@@ -127,8 +127,8 @@ def solve_equilibrium(
       injection: `S`.
     """
     s1, s2, s12, _ = injection
-    first = _solve_marginals(activation, solver, W_var, s1)
-    second = first if s2 is None else _solve_marginals(activation, solver, W_var, s2)
+    first = solve_marginals(activation, solver, W_var, s1)
+    second = first if s2 is None else solve_marginals(activation, solver, W_var, s2)
     found, residual, steps = _solve_pairs(
         activation, solver, *lax.stop_gradient((W_var, injection, first, second))
     )
@@ -153,7 +153,10 @@ def marginal_map(
     return Evaluation(W_var * moment + s, k, W_var * slope)
 
 
-def _solve_marginals(activation, solver, W_var, s) -> Marginals:
+def solve_marginals(
+    activation: Activation, solver: Solver, W_var: Float[Array, ""], s: Float[Array, " n"]
+) -> Marginals:
+    """Solves `k = W_var E[φ(u)²] + s`, `u ~ N(0, k)`, for the `s = S(x, x)` of every input."""
     marginal, args = partial(marginal_map, activation), (W_var, s)
     # From S upwards: of several fixed points, the one that a network started at 0 finds.
     start, known = lax.stop_gradient((s, args))

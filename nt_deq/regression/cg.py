@@ -100,7 +100,8 @@ class ConjugateGradients:
                 steps = self._steps(*products[-1], value, r, target / 2 * size)
                 best, since = np.inf, 0
                 try:
-                    for found, norms, curvature in steps:
+                    for step in steps:
+                        found, norms, curvature = step
                         _check_curvature(layout.gather(curvature), self.noise)
                         residual = largest(norms)
                         residuals.append(residual)

@@ -240,7 +240,11 @@ def test_as_many_landmarks_as_asked_for(data, monkeypatch):
 
 @pytest.mark.parametrize(
     ("n", "categories", "noise"),
-    [(2400, (3, 4, 5), 1e-4), (500, (2,) * 6, 1e-6), pytest.param(8400, (20,), 1e-4, marks=pytest.mark.slow)],
+    [
+        (2400, (3, 4, 5), 1e-4),
+        (500, (2,) * 6, 1e-6),
+        pytest.param(8400, (20,), 1e-4, marks=pytest.mark.slow),
+    ],
 )
 def test_inputs_that_are_there_many_times(n, categories, noise, monkeypatch):
     """The same as one input for each of them, with its mean target and so many times less noise."""
