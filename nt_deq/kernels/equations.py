@@ -28,6 +28,7 @@ from nt_deq.fixed_point.solver import (
     check_solver,
     rounding,
 )
+from nt_deq.kernels.quotient import over
 from nt_deq.kernels.series import NEAR, Chebyshev, arc_moment, homogeneous, versine
 from nt_deq.kernels.tiles import by_tiles
 
@@ -206,7 +207,7 @@ def _solve_pairs(activation, solver, W_var, injection, first, second):
     def side(s, marginals, x):
         known = (*marginals[:3], marginals.root.residual)
         singles = tuple(jnp.where(marginals.exists, a, jnp.nan) for a in known)
-        return jnp.arange(len(s)), singles, _inverse_root(s), x
+        return jnp.arange(len(s)), singles, over(jnp.ones_like(s), jnp.sqrt(s)), x
 
     rows = side(s1, first, x1)
     columns = rows if s2 is None else side(s2, second, x2)
@@ -217,12 +218,6 @@ def _solve_pairs(activation, solver, W_var, injection, first, second):
 def multiply(x1: Float[Array, "n1 d"], x2: Float[Array, "n2 d"]) -> Float[Array, "n1 n2"]:
     """`x1 x2ᵀ` in full: the default of a TPU or a recent GPU would keep 8 or 11 bits."""
     return jnp.matmul(x1, x2.T, precision=lax.Precision.HIGHEST)
-
-
-def _inverse_root(s: Array) -> Array:
-    """`1/√s`, and 0 for an `s` of 0."""
-    positive = s > 0
-    return jnp.where(positive, lax.rsqrt(jnp.where(positive, s, 1)), 0)
 
 
 def _pair_map(activation, c, args) -> Evaluation:

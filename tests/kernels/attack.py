@@ -117,6 +117,7 @@ def bisected(name: str, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
             k = (low + high) / 2
             above = W_var[:, 0] * (2 / pi * np.arctan2(2 * k, np.sqrt(1 + 4 * k))) + own > k
             low, high = np.where(above, k, low), np.where(above, high, k)
+        k = np.where(own == 0, 0, k)
         k1, k2 = k[:, :, None], k[:, None, :]
         scale = np.sqrt(k1 * k2)
 
