@@ -285,6 +285,12 @@ class DEQ(FixedPoint):
         rngs: nnx.Rngs | Keys,
     ):
         _checks.count("width", width)
+        if _checks.is_traced(W_std, U_std, b_std):
+            raise ArgumentError(
+                "W_std, U_std or b_std is traced by jax.jit, grad or vmap, and a layer keeps them "
+                "as numbers: pass numbers. nt_deq.deq_kernel and stax.DEQ are differentiable in "
+                "them."
+            )
         _checks.standard_deviations(W_std=W_std, U_std=U_std)
         phi = get_activation(activation)
         spectral_bound = None
@@ -292,7 +298,7 @@ class DEQ(FixedPoint):
             spectral_bound = _spectral_bound(lipschitz, phi)
             solver = Picard(rtol=TRAINING_RTOL) if solver is None else solver
             parameterization = parameterization or "standard"
-        elif not _checks.is_traced(W_std):
+        else:
             _check_stability(float(W_std), phi)
 
         def linear(features, W_std, b_std=None, spectral_bound=None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ import numpy as np
 from jax import Array
 from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.scipy.special import xlogy
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Real
 
 from nt_deq import _checks
 from nt_deq.errors import ArgumentError, NotPositiveDefiniteError
 from nt_deq.typing import Get, KernelFn, Number
+
+T = TypeVar("T", Array, np.ndarray)
 
 
 class Prediction(NamedTuple):
@@ -166,12 +168,22 @@ def posterior(
     mean = jnp.matmul(whitened.T, solve_triangular(factor, y, lower=True), precision="highest")
     prior = variances(kernel_fn, x_test, get)
     variance = prior - jnp.sum(whitened**2, axis=0)
-    # Rounding of the kernel by a relative ε as if by chance, times the weights of the targets.
     weights = jax.lax.stop_gradient(solve_triangular(factor, whitened, lower=True, trans=1))
     largest = jnp.max(jnp.sum(factor**2, axis=1))
-    unit = jnp.finfo(variance.dtype).eps
-    rounding = unit * (prior + largest * jnp.sum(weights**2, axis=0))
+    rounding = variance_rounding(variance.dtype, prior, largest, jnp.sum(weights**2, axis=0))
     return Prediction(mean.reshape(len(x_test), *shape), jnp.maximum(variance, rounding))
+
+
+def variance_rounding(dtype: DTypeLike, prior: T, largest: T | float, squares: T) -> T:
+    """What the rounding of a kernel in a dtype, as if by chance, leaves unknown of variances.
+
+    Args:
+      dtype: of the kernel.
+      prior: the kernel of every test input with itself, `(m,)`.
+      largest: the largest of those of the training inputs.
+      squares: sums of the squared weights of the targets, `(m,)`.
+    """
+    return float(jnp.finfo(dtype).eps) * (prior + largest * squares)
 
 
 def variances(

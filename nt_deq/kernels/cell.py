@@ -35,6 +35,7 @@ from nt_deq.fixed_point.implicit import (
 )
 from nt_deq.fixed_point.newton import Newton
 from nt_deq.fixed_point.solver import Bounds, Evaluation, Solver, norm, rounding
+from nt_deq.kernels.quotient import over
 from nt_deq.kernels.tiles import by_tiles
 
 KernelMap = Callable[[nt.Kernel], nt.Kernel]
@@ -235,12 +236,16 @@ def large_rates(
 ) -> tuple[Float[Array, " n1"], Float[Array, " n2"]]:
     """The rates of the first and of the second inputs, at 10⁶ times the variances of `inject`.
 
+    Or less, so that products of two of them do not overflow.
     An equilibrium that a solver did not reach does not exist where they are 1 or more.
     """
 
     def rates(k):
         slim = _first_inputs(k)
-        return _rates(_in_order(kernel_map), slim, 1e6 * slim.cov1)[0]
+        largest = jnp.max(slim.cov1, axis=tuple(range(1, slim.cov1.ndim)), keepdims=True)
+        most = 1e-3 * float(jnp.finfo(largest.dtype).max) ** 0.5
+        factor = jnp.minimum(1e6, most / jnp.maximum(largest, 1e-6 * most))
+        return _rates(_in_order(kernel_map), slim, factor * slim.cov1)[0]
 
     first = rates(inject)
     return first, first if inject.cov2 is None else rates(_swapped(inject))
@@ -265,12 +270,12 @@ def _solve_entries(cell, k, inject, exists, solver) -> tuple[Array, Array, Array
     def entries(nngp, k, s, scale):  # the channel of the NTK has the slope of that of the NNGP
         zero = cell(k.replace(nngp=nngp, ntk=jnp.zeros_like(nngp)))
         one = cell(k.replace(nngp=nngp, ntk=scale))
-        return zero.nngp + s, (one.ntk - zero.ntk) / jnp.where(scale == 0, 1, scale)
+        return zero.nngp + s, over(one.ntk - zero.ntk, scale)
 
     entries, closed_over = jax.closure_convert(entries, k.nngp, k, injected, scale)
     fn, args = partial(_entry, entries), (k, injected, scale, exists, closed_over)
-    correlation = jnp.where(norms == 0, 0, injected / jnp.where(norms == 0, 1, norms))
-    start, known, limit = lax.stop_gradient((scale * jnp.clip(correlation, -1, 1), args, scale))
+    start = scale * jnp.clip(over(injected, norms), -1, 1)
+    start, known, limit = lax.stop_gradient((start, args, scale))
     root, _ = solver.solve_entries(fn, start, known, Bounds(-limit, limit))
     value = select(root.converged, root.value, start)
     return implicit_entries(fn, value, args), root.converged, root.steps

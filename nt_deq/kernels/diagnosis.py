@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from nt_deq import _checks
 from nt_deq.activations import Activation
@@ -33,59 +33,76 @@ def raise_unless_solved(
     """Raises where an eager solve found no equilibrium; traced values pass, as NaN."""
     if _checks.is_traced((converged, marginals1, marginals2)) or bool(jnp.all(converged)):
         return
-    dtype = marginals1.rate.dtype
-    largest = float(jnp.finfo(dtype).max)
-    wider = "" if dtype == np.float64 else ", or compute in float64"
     for side, marginals in (("x1", marginals1), ("x2", marginals2)):
         missing = np.flatnonzero(~np.asarray(marginals.exists))
-        if not missing.size:
-            continue
-        row, where = missing[0], _checks.rows(side, missing)
-        rate, k = float(marginals.rate[row]), float(marginals.root.value[row])
-        if np.isnan(k):
-            raise ArgumentError(
-                f"there are NaN or infinite values in {where}; drop or impute them."
-            )
-        if np.isinf(k) and not _rate_of_large(activation, W_std, k, dtype) >= 1:
-            raise OverflowError(
-                f"the variance of {where} overflows {dtype}, whose largest number is "
-                f"{largest:.2g}; make the inputs, U_std or b_std smaller{wider}."
-            )
-        if np.isnan(rate) and np.isfinite(k):
-            raise NotConvergedError(
-                f"activation={activation.name!r}: its expectations are not known in "
-                f"{dtype} at the variance K* = {k:.4g} that {where} reached; make the inputs or "
-                "U_std smaller, or take an activation with a closed form, such as 'erf'."
-            )
-        slow = not marginals.root.converged[row] and np.isfinite(k)
-        if slow and not _rate_of_large(activation, W_std, k, dtype) >= 1:
-            raise NotConvergedError(
-                f"the variance of {where} has not converged after {solver.max_steps} steps of "
-                f"{type(solver).__name__} (W_std² E[φ'(z*)²] = {rate:.6g}); allow more max_steps, "
-                "a larger rtol, or use nt_deq.Newton()."
-            )
-        remedy = (
-            f"take W_std < {1 / np.sqrt(float(activation.dual_diagonal(jnp.ones(()))[1])):.6g}"
-            if activation.homogeneous
-            else f"take a smaller W_std (any W_std < {0.5 / activation.lipschitz:.4g} has one)"
-        )
-        raise NoEquilibriumError(
-            f"W_std={float(W_std):.6g} with activation={activation.name!r}: W_std² E[φ'(z*)²] = "
-            f"{rate:.6g} must be below 1, and is not for {where}, so the network has no stable "
-            f"equilibrium there; {remedy}."
-        )
+        if missing.size:
+            raise verdict(activation, solver, W_std, side, marginals, missing)
+    dtype = marginals1.rate.dtype
+    largest = float(jnp.finfo(dtype).max)
     failed = ~np.asarray(converged)
     variances = (float(jnp.max(marginals.variance)) for marginals in (marginals1, marginals2))
     if math.prod(variances) > largest:
         raise OverflowError(
             f"the product of two variances overflows {dtype}, whose largest number is "
             f"{largest:.2g}, in {failed.sum()} of {failed.size} pairs; make the inputs, U_std or "
-            f"b_std smaller{wider}."
+            f"b_std smaller{_or_wider(dtype)}."
         )
     raise NotConvergedError(
         f"{failed.sum()} of {failed.size} pairs have not converged after {solver.max_steps} steps "
         f"of {type(solver).__name__}; allow more max_steps, a larger rtol, or use nt_deq.Newton()."
     )
+
+
+def verdict(
+    activation: Activation,
+    solver: Solver,
+    W_std: Number,
+    side: str,
+    marginals: Marginals,
+    missing: Int[np.ndarray, " m"],
+) -> Exception:
+    """What became of the first of the rows of `side` that no equilibrium was found of.
+
+    It is none where the solver found one that is not stable, or where the variance grows for ever;
+    what else there may be is a failure to find it.
+    """
+    dtype, row, where = marginals.rate.dtype, missing[0], _checks.rows(side, missing)
+    rate, k = float(marginals.rate[row]), float(marginals.root.value[row])
+    if np.isnan(k):
+        return ArgumentError(f"there are NaN or infinite values in {where}; drop or impute them.")
+    if np.isinf(k) and not _rate_of_large(activation, W_std, k, dtype) >= 1:
+        return OverflowError(
+            f"the variance of {where} overflows {dtype}, whose largest number is "
+            f"{float(jnp.finfo(dtype).max):.2g}; make the inputs, U_std or b_std smaller"
+            f"{_or_wider(dtype)}."
+        )
+    if np.isnan(rate) and np.isfinite(k):
+        return NotConvergedError(
+            f"activation={activation.name!r}: its expectations are not known in "
+            f"{dtype} at the variance K* = {k:.4g} that {where} reached; make the inputs or "
+            "U_std smaller, or take an activation with a closed form, such as 'erf'."
+        )
+    slow = not marginals.root.converged[row] and np.isfinite(k)
+    if slow and not (rate >= 1 and _rate_of_large(activation, W_std, k, dtype) >= 1):
+        return NotConvergedError(
+            f"the variance of {where} has not converged after {solver.max_steps} steps of "
+            f"{type(solver).__name__} (W_std² E[φ'(z*)²] = {rate:.6g}); allow more max_steps, "
+            "a larger rtol, or use nt_deq.Newton()."
+        )
+    remedy = (
+        f"take W_std < {1 / np.sqrt(float(activation.dual_diagonal(jnp.ones(()))[1])):.6g}"
+        if activation.homogeneous
+        else f"take a smaller W_std (any W_std < {0.5 / activation.lipschitz:.4g} has one)"
+    )
+    return NoEquilibriumError(
+        f"W_std={float(W_std):.6g} with activation={activation.name!r}: W_std² E[φ'(z*)²] = "
+        f"{rate:.6g} must be below 1, and is not for {where}, so the network has no stable "
+        f"equilibrium there; {remedy}."
+    )
+
+
+def _or_wider(dtype) -> str:
+    return "" if dtype == np.float64 else ", or compute in float64"
 
 
 def _rate_of_large(activation, W_std, k, dtype) -> float:
@@ -121,9 +138,24 @@ def raise_unless_cell_solved(
                 f"{dtype}; make the inputs or the weights of inject smaller."
             )
         gone = ~np.isfinite(np.asarray(rates.residual))
-        unstable = gone | (solved & ~np.asarray(rates.stable))
-        if not (solved | gone).all():
-            unstable |= ~solved & ~(rate < 1) & (np.asarray(large_rates()[i]) >= 1)
+        unstable = solved & ~np.asarray(rates.stable)
+        if not solved.all():
+            large = np.asarray(large_rates()[i])
+            unstable |= ~solved & (gone | ~(rate < 1)) & (large >= 1)
+            unknown = gone & np.isnan(large)
+            if unknown.any():
+                raise NotConvergedError(
+                    f"FixedPoint: the expectations of a nonlinearity of the cell are not known in "
+                    f"{dtype} at the variances that {rows(unknown)} reached; make the inputs or "
+                    "the weights of inject smaller, or take one with a closed form, such as "
+                    "stax.Erf."
+                )
+            overflowed = gone & ~unstable
+            if overflowed.any():
+                raise OverflowError(
+                    f"FixedPoint: the variance of {rows(overflowed)} overflows {dtype}; make the "
+                    "inputs or the weights of inject smaller."
+                )
         if np.asarray(rates.jumps)[unstable].any():
             raise NoEquilibriumError(
                 "FixedPoint: a nonlinearity of the cell jumps, as stax.Sign does: states that are "

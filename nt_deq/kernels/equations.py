@@ -30,6 +30,7 @@ from nt_deq.fixed_point.solver import (
     check_solver,
     rounding,
 )
+from nt_deq.kernels.quotient import over
 from nt_deq.kernels.series import NEAR, Chebyshev, homogeneous
 from nt_deq.kernels.tiles import by_tiles
 
@@ -129,8 +130,8 @@ def solve_equilibrium(
       injection: `S`.
     """
     s1, s2, s12, _ = injection
-    first = _solve_marginals(activation, solver, W_var, s1)
-    second = first if s2 is None else _solve_marginals(activation, solver, W_var, s2)
+    first = solve_marginals(activation, solver, W_var, s1)
+    second = first if s2 is None else solve_marginals(activation, solver, W_var, s2)
     found, residual, steps = _solve_pairs(
         activation, solver, *lax.stop_gradient((W_var, injection, first, second))
     )
@@ -155,7 +156,10 @@ def marginal_map(
     return Evaluation(W_var * moment + s, k, W_var * slope)
 
 
-def _solve_marginals(activation, solver, W_var, s) -> Marginals:
+def solve_marginals(
+    activation: Activation, solver: Solver, W_var: Float[Array, ""], s: Float[Array, " n"]
+) -> Marginals:
+    """Solves `k = W_var E[φ(u)²] + s`, `u ~ N(0, k)`, for the `s = S(x, x)` of every input."""
     marginal, args = partial(marginal_map, activation), (W_var, s)
     # From S upwards: of several fixed points, the one that a network started at 0 finds.
     start, known = lax.stop_gradient((s, args))
@@ -205,7 +209,7 @@ def _solve_pairs(activation, solver, W_var, injection, first, second):
     def side(s, marginals, x):
         known = (*marginals[:3], marginals.root.residual)
         singles = tuple(jnp.where(marginals.exists, a, jnp.nan) for a in known)
-        return jnp.arange(len(s)), singles, _inverse_root(s), x
+        return jnp.arange(len(s)), singles, over(jnp.ones_like(s), jnp.sqrt(s)), x
 
     rows = side(s1, first, x1)
     columns = rows if s2 is None else side(s2, second, x2)
@@ -216,12 +220,6 @@ def _solve_pairs(activation, solver, W_var, injection, first, second):
 def multiply(x1: Float[Array, "n1 d"], x2: Float[Array, "n2 d"]) -> Float[Array, "n1 n2"]:
     """`x1 x2ᵀ` in full: the default of a TPU or a recent GPU would keep 8 or 11 bits."""
     return jnp.matmul(x1, x2.T, precision=lax.Precision.HIGHEST)
-
-
-def _inverse_root(s: Array) -> Array:
-    """`1/√s`, and 0 for an `s` of 0."""
-    positive = s > 0
-    return jnp.where(positive, lax.rsqrt(jnp.where(positive, s, 1)), 0)
 
 
 def _pair_map(activation, c, args) -> Evaluation:

@@ -29,11 +29,12 @@ from jaxtyping import Float
 
 from nt_deq.activations.elementary import arc_moment, versine
 from nt_deq.kernels.equations import Marginals, marginal_map
+from nt_deq.kernels.quotient import over
 from nt_deq.kernels.series import NEAR, Chebyshev, homogeneous
 from nt_deq.kernels.tiles import by_tiles
 
 ENOUGH = 0.01  # of the scale of `Θ*`: what float32 must give
-_UNITS = 2.0  # rounding errors of an equation that is evaluated once, in eps
+_UNITS = 3.0  # rounding errors of an equation that is evaluated once, in eps
 
 
 class Errors(NamedTuple):
@@ -188,17 +189,12 @@ def _bound_inputs(activation, gram_error, W_var, injected, marginals) -> _Inputs
     def rate_at(k):
         return W_var * activation.dual_diagonal(k)[1]
 
-    first = jnp.minimum(_over(_divided(off, 1 - slope(variance)), variance), 1)
-    error = _over(_divided(off, 1 - largest(slope, first)), variance)
+    first = jnp.minimum(over(_divided(off, 1 - slope(variance)), variance), 1)
+    error = over(_divided(off, 1 - largest(slope, first)), variance)
     rate = rate_at(variance)
     moved = largest(lambda k: jnp.abs(rate_at(k) - rate), jnp.minimum(error, 1))
     number = jnp.arange(len(variance))
     return _Inputs(number, injected, variance, error, rate, moved + rounding * rate)
-
-
-def _over(a: Array, b: Array) -> Array:
-    """`a/b`, and 0 where `b` is 0."""
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
 def _divided(a: Array, gap: Array) -> Array:
@@ -242,7 +238,7 @@ def _tile(activation, series_rtol, gram_error, W_var, rows, columns, pairs) -> t
     s1, k1, error1, rate1, rate_error1 = (a[:, None] for a in rows[1:])
     s2, k2, error2, rate2, rate_error2 = (a[None, :] for a in columns[1:])
     scale = jnp.sqrt(k1) * jnp.sqrt(k2)
-    rho, rate = _over(covariance, scale), W_var * dual_slope
+    rho, rate = over(covariance, scale), W_var * dual_slope
     largest = jnp.sqrt((rate1 + rate_error1) * (rate2 + rate_error2))
     errors = error1, error2
     if series_rtol is not None:
@@ -250,8 +246,8 @@ def _tile(activation, series_rtol, gram_error, W_var, rows, columns, pairs) -> t
         found = _of_series(activation, gram_error, rounding, rtol, W_var, rho, dual_slope)
     else:
         gram = gram_error * jnp.sqrt(s1) * jnp.sqrt(s2)
-        off = rounding + _over(gram + residual, scale)
-        injected = _over(covariance - W_var * dual, scale)
+        off = rounding + over(gram + residual, scale)
+        injected = over(covariance - W_var * dual, scale)
         if activation.homogeneous:
             found = _of_angle(activation, off, W_var, dual_slope, injected, errors)
         else:
@@ -326,7 +322,7 @@ def _of_any(
     def move(up2):  # at the same ρ
         factor = jnp.sqrt(up1) * jnp.sqrt(up2)
         dual, slope = activation.dual(k1 * up1, k2 * up2, rho * scale * factor)
-        equation = (W_var * _over(dual, scale) + injected) / factor - rho
+        equation = (W_var * over(dual, scale) + injected) / factor - rho
         return jnp.abs(equation), jnp.abs(W_var * slope - rate)
 
     moved_off, moved_rate = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -47,7 +48,9 @@ class ConjugateGradients:
 
     Products within the iteration are in float32, and everything else is in float64. The residual
     that decides is recomputed in float64; where it is not small enough, the iteration goes on from
-    it (iterative refinement), so that the accuracy is that of float64.
+    it (iterative refinement), so that the accuracy is that of float64. A product in float32 is off
+    by up to `ε ‖K‖`, which of many inputs that are the same is more than the noise: where that
+    leads nowhere, the iteration goes on with products in float64.
 
     Args:
       matrix: `K`; its products are in the precision of the vectors.
@@ -82,45 +85,64 @@ class ConjugateGradients:
         """
         layout, tolerance = self.matrix.layout, self.relative_residual
         right = layout.vector(b)
-        norms = layout.gather(_norms(right))
-        size = np.maximum(norms, np.finfo(np.float64).tiny)
+        size = np.maximum(layout.gather(_norms(right)), np.finfo(np.float64).tiny)
+
+        def largest(norms):
+            return float((layout.gather(norms) / size).max())
+
         value, r = _zeros_like(right), right
-        residuals: list[float] = []
-        worst = float((norms / size).max())
+        worst, residuals = largest(_norms(r)), []
+        products = [(self.exact, np.float64), (self.matrix, np.float32)]
         quiet = not (progress and layout.leads)
         with progress_bar(desc="conjugate gradients", unit="step", disable=quiet) as bar:
             while not worst <= tolerance:
                 target = max(tolerance / 2, worst * _ACCURACY)
-                p = rz = previous = None
+                steps = self._steps(*products[-1], value, r, target / 2 * size)
                 best, since = np.inf, 0
-                while True:
-                    z = self.precondition(r)
-                    p, rz = _direction(z, r, previous, p, rz)
-                    previous = r
-                    product = self.matrix.multiply(p)
-                    value, r, norms, curvature = _advance(
-                        value, r, p, product, self.noise, target / 2 * size
-                    )
-                    _check_curvature(layout.gather(curvature), self.noise)
-                    residual = float((layout.gather(norms) / size).max())
-                    residuals.append(residual)
-                    bar.set_postfix_str(f"residual {residual:.1e}", refresh=False)
-                    bar.update()
-                    since = 0 if residual < 0.9 * best else since + 1
-                    best = min(best, residual)
-                    if residual <= target or since > _PATIENCE or len(residuals) >= _MAX_STEPS:
-                        break
-                r = _residual(right, self.exact.multiply(value), value, self.noise)
-                before, worst = worst, float((layout.gather(_norms(r)) / size).max())
-                stuck = not worst <= before / 2 or len(residuals) >= _MAX_STEPS
-                if stuck and not worst <= tolerance:
-                    raise NotConvergedError(
-                        f"conjugate gradients are at a relative residual of {worst:.2g}, above "
-                        f"relative_residual={tolerance:g}, after {len(residuals)} steps and come "
-                        "no further; take a larger rank, a larger relative_noise, or a larger "
-                        "relative_residual."
-                    )
+                try:
+                    for step in steps:
+                        found, norms, curvature = step
+                        _check_curvature(layout.gather(curvature), self.noise)
+                        residual = largest(norms)
+                        residuals.append(residual)
+                        bar.set_postfix_str(f"residual {residual:.1e}", refresh=False)
+                        bar.update()
+                        since = 0 if residual < 0.9 * best else since + 1
+                        best = min(best, residual)
+                        if residual <= target or since > _PATIENCE or len(residuals) >= _MAX_STEPS:
+                            break
+                    left = _residual(right, self.exact.multiply(found), found, self.noise)
+                    reached = largest(_norms(left))
+                    if not (reached <= tolerance or reached <= worst / 2):
+                        raise NotConvergedError(
+                            f"conjugate gradients are at a relative residual of {reached:.2g}, "
+                            f"above relative_residual={tolerance:g}, after {len(residuals)} steps "
+                            "and come no further; take a larger rank, a larger relative_noise, or "
+                            "a larger relative_residual."
+                        )
+                except (NotConvergedError, NotPositiveDefiniteError):
+                    products.pop()
+                    if not products or len(residuals) >= _MAX_STEPS:
+                        raise
+                else:
+                    value, r, worst = found, left, reached
         return Solution(layout.gather(value)[: len(b)], len(residuals), worst, residuals)
+
+    def _steps(self, matrix, dtype, value, r, enough):
+        """Steps from `value` with the residual `r`, with products of `matrix` in `dtype`.
+
+        Yields:
+          The next value, the norms of its residual by the recurrence, and the curvature `pᵀ(K +
+          noise)p` met on the way. Columns whose norm is `enough` stay as they are.
+        """
+        p = rz = previous = None
+        while True:
+            z = self.precondition(r)
+            p, rz = _direction(z, r, previous, p, rz, dtype)
+            previous = r
+            product = matrix.multiply(p)
+            value, r, norms, curvature = _advance(value, r, p, product, self.noise, enough)
+            yield value, norms, curvature
 
 
 def _check_curvature(curvature, noise):
@@ -133,7 +155,7 @@ def _check_curvature(curvature, noise):
         raise NotPositiveDefiniteError(
             "the kernel matrix is not positive definite to rounding: pᵀ(K + noise)p = "
             f"{curvature.min():.3g} with a noise of {noise:.3g}; take a larger relative_noise, or "
-            "drop inputs that are there twice."
+            "drop inputs that are there twice, or give inputs of float64 (jax_enable_x64)."
         )
 
 
@@ -150,14 +172,14 @@ def _zeros_like(b):
 
 
 @in_float64
-@jax.jit
-def _direction(z, r, previous, p, rz):
-    """The next direction, in float32, so that its product is one of float32 too; and `zᵀr`."""
+@partial(jax.jit, static_argnums=5)
+def _direction(z, r, previous, p, rz, dtype):
+    """The next direction, in the dtype that its product is to be one of; and `zᵀr`."""
     new = jnp.sum(z * r, axis=0)
     if p is None:
-        return z.astype(jnp.float32), new
+        return z.astype(dtype), new
     beta = jnp.sum(z * (r - previous), axis=0) / jnp.where(rz == 0, 1, rz)
-    return (z + beta[None] * p).astype(jnp.float32), new
+    return (z + beta[None] * p).astype(dtype), new
 
 
 @in_float64

@@ -20,7 +20,7 @@ from scipy import linalg
 
 from nt_deq import _checks
 from nt_deq.errors import ArgumentError
-from nt_deq.regression.pivoted import inverse_factor, rounding
+from nt_deq.regression.pivoted import inverse_factor, rounding_norm
 from nt_deq.regression.power_series import Series
 from nt_deq.typing import Get, KernelFn
 
@@ -62,7 +62,7 @@ class NystromFeatures:
             raise ArgumentError(
                 "the kernel of the landmarks has NaN or infinite entries: drop those."
             )
-        tolerance = rounding(len(kernel), float(np.abs(kernel).max()), kernel.dtype)
+        tolerance = rounding_norm(len(kernel), float(np.abs(kernel).max()), kernel.dtype)
         kept, inverse = inverse_factor(kernel, tolerance)
         self.kernel_fn, self.landmarks = kernel_fn, landmarks[kept]
         self.get: Get = get

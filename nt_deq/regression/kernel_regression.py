@@ -17,6 +17,7 @@ from nt_deq import _checks
 from nt_deq._batches import by_batches
 from nt_deq._progress import QUIET
 from nt_deq.errors import ArgumentError
+from nt_deq.gp.process import variance_rounding
 from nt_deq.regression.cg import ConjugateGradients
 from nt_deq.regression.cholesky import Cholesky
 from nt_deq.regression.layout import Layout, lost_process
@@ -266,8 +267,8 @@ class KernelRegression:
             variance = prior - 2 * np.sum(nngp.rows(x) * solved.T, axis=1)
             variance += np.sum(solved * spread[: layout.n], axis=0)
         squares = np.sum(solved**2, axis=0)
-        known = float(np.finfo(self._kernel.x.dtype).eps)
-        rounding = known * (prior + float(self._kernel.diagonal.max()) * squares)
+        largest = float(self._kernel.diagonal.max())
+        rounding = variance_rounding(self._kernel.x.dtype, prior, largest, squares)
         if self.solution_ is not None:
             rounding += self.relative_residual * np.sqrt(np.sum(covariance**2, axis=1) * squares)
         return np.maximum(variance, rounding)

@@ -113,7 +113,7 @@ class Nystrom:
             block, squares = _combine(remainder, kept, inverse.astype(np.float32))
             blocks = (*blocks, block)
             left = np.maximum(left - layout.gather(squares)[: layout.n], 0)
-            if len(kept) < size:  # the others of them are known to rounding, and so is the rest
+            if not len(kept):
                 return blocks, left
 
 
@@ -168,7 +168,7 @@ def _combine(remainder, kept, inverse):
 def _gram(blocks):
     """`F Fᵀ`, in float64."""
     lower = [
-        [_einsum("dpr,dqr->dpq", a, b).astype(jnp.float64).sum(0) for b in blocks[: i + 1]]
+        [_einsum("dpr,dqr->pq", *(c.astype(jnp.float64) for c in (a, b))) for b in blocks[: i + 1]]
         for i, a in enumerate(blocks)
     ]
     every = range(len(blocks))

@@ -9,7 +9,7 @@ from scipy import linalg
 from nt_deq.errors import ArgumentError
 
 
-def rounding(size: int, largest: float, dtype: np.dtype) -> float:
+def rounding_norm(size: int, largest: float, dtype: np.dtype) -> float:
     """The norm of what rounds the entries of a symmetric matrix, where the largest is `largest`.
 
     Entries are rounded as if by chance (Higham & Mary 2019), and the errors have the norm `2√size`.

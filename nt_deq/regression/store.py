@@ -55,6 +55,15 @@ def describe(kernel: KernelTiles, key: Mapping[str, JSON]) -> dict[str, JSON]:
     }
 
 
+def _described(metadata: bytes) -> dict[str, JSON] | None:
+    """What `describe` said, of the metadata of an array; `None` of those of something else."""
+    try:
+        found = json.loads(metadata)["attributes"][_ATTRIBUTE]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _differences(found: dict[str, JSON], expected: dict[str, JSON]) -> list[str]:
     """What makes two kernels different ones, in words; none if nothing does.
 
@@ -143,25 +152,29 @@ class Store:
             self._check_space()
 
     def _check(self, description):
-        """The description in the store, which must be the same; ours without."""
-        found = self._files.read("zarr.json").result()
-        if found.state != "value":
+        """The description in the store, which must be the same; ours where there is nothing."""
+        metadata = self._files.read("zarr.json").result()
+        if metadata.state != "value":
             strange = [key for key in self._files.list().result() if b".__lock" not in key]
             if strange:
-                raise StoreError(
-                    f"store={self.location!r} holds files of something else (such as "
-                    f"{strange[0].decode()!r}): name an empty directory."
-                )
+                raise self._holds_something_else(strange[0].decode())
             return description
-        found = json.loads(found.value).get("attributes", {}).get(_ATTRIBUTE, {})
-        expected = json.loads(json.dumps(description))
-        different = _differences(found, expected)
+        found = _described(metadata.value)
+        if found is None or found.keys() != description.keys():
+            raise self._holds_something_else("zarr.json")
+        different = _differences(found, json.loads(json.dumps(description)))
         if different:
             raise StoreError(
                 f"store={self.location!r} holds another kernel ({'; '.join(different)}): name "
                 "another directory, or delete this one."
             )
         return found
+
+    def _holds_something_else(self, name):
+        return StoreError(
+            f"store={self.location!r} holds files of something else (such as {name!r}): name an "
+            "empty directory."
+        )
 
     def _check_space(self):
         done = len(self.finished_names())
@@ -180,14 +193,18 @@ class Store:
         return {(int(i), int(j)) for i, j in places}
 
     def finished(self) -> set[tuple[int, int]]:
-        """The tiles that are there and whole; each is read, and a damaged one is not trusted."""
+        """The tiles that are there and whole; each is read, and a damaged one is removed.
+
+        At the edge a tile is less than its chunk, which would be read before it is written.
+        """
         whole = set()
-        for tile in sorted(self.finished_names()):
+        for i, j in sorted(self.finished_names()):
             try:
-                self.read(*tile)()
+                self.read(i, j)()
             except StoreError:
-                continue
-            whole.add(tile)
+                self._files.write(f"c/{i}/{j}", None).result()
+            else:
+                whole.add((i, j))
         return whole
 
     def read(self, row: int, column: int) -> Callable[[], Float[np.ndarray, "rows columns"]]:

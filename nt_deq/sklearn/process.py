@@ -201,7 +201,9 @@ class DEQProcess(BaseEstimator):
         given = (make, self.get, programs.flat(self.hyperparameters_), self._problem, *args)
         found = jax.tree.map(np.asarray, fn(*given))
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):
-            inspect.unwrap(fn)(*given)  # which says what is wrong
+            x = jnp.asarray(self._scaler.transform(self.X_train_), np.float64)
+            self._kernel_fn()(x, None, self.get)  # which says what is wrong, of the rows there are
+            inspect.unwrap(fn)(*given)  # or this does
             raise FloatingPointError("the Gaussian process is NaN or infinite.")
         return found
 

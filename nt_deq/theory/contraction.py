@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
 from nt_deq import _checks
 from nt_deq.activations import Phi, get_activation
-from nt_deq.fixed_point import Picard
+from nt_deq.errors import NoEquilibriumError
 from nt_deq.kernels.dense import deq_kernel
-from nt_deq.kernels.equations import marginal_map
+from nt_deq.kernels.diagnosis import verdict
+from nt_deq.kernels.equations import dense_solver, marginal_map, solve_marginals
 from nt_deq.typing import Number
 
 
@@ -57,18 +57,24 @@ def local_contraction(
 
     Returns:
       `J`, `(n,)`; at 1 and above there is no stable equilibrium. NaN where the variance of `z^l`
-      has no limit at which `J` is known, and the network none either.
+      grows beyond those at which `J` is known, and the network has none either; under a
+      transformation also where `J` was not found.
+
+    Raises:
+      OverflowError, NotConvergedError: the variance overflows, or `J` was not found.
     """
-    solve = partial(deq_kernel, W_std=W_std, U_std=U_std, b_std=b_std, activation=activation)
-
-    def rate(row):
-        stable = solve(row[None])
-        # Newton's method may leave for infinity where J > 1; plain iteration does not.
-        iterated = solve(row[None], solver=Picard(max_steps=10_000)).rate
-        unstable = jnp.where(iterated >= 1, iterated, jnp.nan)
-        return jnp.where(stable.converged[0, 0], stable.rate, unstable)
-
-    return jax.vmap(rate)(_checks.inputs("x", x))
+    _checks.standard_deviations(W_std=W_std, U_std=U_std, b_std=b_std)
+    phi, x = get_activation(activation), _checks.inputs("x", x)
+    W_var, U_var, b_var = (jnp.asarray(std, x.dtype) ** 2 for std in (W_std, U_std, b_std))
+    s = U_var * (jnp.sum(x * x, axis=1) / x.shape[1]) + b_var
+    solver = dense_solver(None, phi)
+    found = jax.jit(solve_marginals, static_argnums=(0, 1))(phi, solver, W_var, s)
+    if not _checks.is_traced(found):
+        for row in np.flatnonzero(~found.root.converged):
+            failure = verdict(phi, solver, W_std, "x", found, np.array([row]))
+            if not isinstance(failure, NoEquilibriumError):
+                raise failure
+    return jnp.where(found.exists | (found.rate >= 1), found.rate, jnp.nan)
 
 
 def convergence_rate(

@@ -157,3 +157,33 @@ def test_newton_doubles_where_the_function_rises(start):
     solution, _ = Newton().solve_entries(fn, y, None, Bounds(y, jnp.full_like(y, jnp.inf)))
     assert solution.converged.all()
     np.testing.assert_allclose(solution.value, jnp.pi, rtol=1e-5)
+
+
+def plain_iteration(fn, y):
+    for _ in range(20_000):
+        y = fn(y)
+    return y
+
+
+@pytest.mark.usefixtures("x64")
+def test_newton_finds_the_first_of_several_roots():
+    """Steps of `F`, as smooth as those of a variance `E[φ²]`, which make up to 7 roots."""
+    rng = np.random.default_rng(0)
+    height, place, start = (10 ** rng.uniform(-2, 3, (3, 2000)) for _ in range(3))
+    args = height, place, start[0] / 100
+
+    def evaluate(y, args):
+        height, place, start = args
+        square = (y * y)[None]
+        return start + (height * square / (square + place**2)).sum(0)
+
+    def fn(y, args):
+        value, slope = jax.jvp(lambda y: evaluate(y, args), (y,), (jnp.ones_like(y),))
+        return Evaluation(value, y, slope)
+
+    expected = plain_iteration(lambda y: evaluate(y, args), args[2])
+    args = jax.tree.map(jnp.asarray, args)
+    bounds = Bounds(args[2], jnp.full_like(args[2], jnp.inf))
+    solution, _ = jax.jit(lambda args: Newton().solve_entries(fn, args[2], args, bounds))(args)
+    assert solution.converged.all()
+    np.testing.assert_allclose(solution.value, expected, rtol=1e-9)

@@ -166,6 +166,16 @@ def test_a_W_std_with_which_no_input_has_an_equilibrium_is_refused(caplog):
     assert said[1].startswith("W_std=3.3 with tanh: an equilibrium is stable for those inputs")
 
 
+@pytest.mark.parametrize("name", ["W_std", "U_std", "b_std"])
+def test_a_traced_standard_deviation_is_refused(name):
+    def call(std):
+        return DEQ(3, 8, **{"W_std": 0.5, name: std}, rngs=nnx.Rngs(0))(jnp.ones((2, 3)))
+
+    with pytest.raises(ValueError, match="W_std, U_std or b_std is traced"):
+        jax.jit(call)(0.5)
+
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     "parameterization", [pytest.param("ntk", marks=pytest.mark.slow), "standard"]

@@ -112,11 +112,12 @@ def bisected(name: str, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     opposite = np.linalg.norm(unit[:, :, None] + unit[:, None], axis=-1)
 
     if name == "erf":
-        k = own.copy()
-        for step in range(440):  # plain ones find the neighbourhood, and Newton's the digits
-            found = W_var[:, 0] * (2 / pi * np.arctan2(2 * k, np.sqrt(1 + 4 * k))) + own
-            slope = W_var[:, 0] * 4 / pi / np.sqrt(1 + 4 * k) / (1 + 2 * k)
-            k = found if step < 400 else k + (found - k) / (1 - slope)
+        low, high = own, own + W_var[:, 0]  # V is at most 1, and concave: there is one root
+        for _ in range(200):  # from a variance that may be much smaller
+            k = (low + high) / 2
+            above = W_var[:, 0] * (2 / pi * np.arctan2(2 * k, np.sqrt(1 + 4 * k))) + own > k
+            low, high = np.where(above, k, low), np.where(above, high, k)
+        k = np.where(own == 0, 0, k)
         k1, k2 = k[:, :, None], k[:, None, :]
         scale = np.sqrt(k1 * k2)
 

@@ -452,8 +452,21 @@ def test_numbers_that_are_none_or_too_large_are_called_so():
         kernel_fn(x.at[1].set(1e30))
     with pytest.raises(OverflowError, match=r"2 rows of x2 \(the first is row 0\) overflows"):
         kernel_fn(x, x.at[:2].set(1e30))
+    wider_fn = stax.FixedPoint(stax.serial(stax.Relu(), stax.Dense(1, 1.2)), stax.Dense(1))[2]
+    with pytest.raises(OverflowError, match="the variance of row 1 of x1 overflows float32"):
+        wider_fn(x.at[1, 0].set(1.8e19))  # K*, not S
     with pytest.raises(ValueError, match="infinite values in row 2 of x1;"):
         kernel_fn(x.at[2].set(jnp.nan))
+
+
+def test_what_is_beyond_the_range_of_a_nonlinearity_is_called_so():
+    cell = stax.serial(stax.Nonlinearity(jnp.arctan), stax.Dense(1, 0.8))
+    kernel_fn = stax.FixedPoint(cell, stax.Dense(1))[2]
+    x = jnp.ones((3, 2))
+    with pytest.raises(
+        NotConvergedError, match=r"expectations.* not known in float32.* row 1 of x1"
+    ):
+        kernel_fn(x.at[1].set(1e3))
 
 
 def test_too_few_steps():

@@ -362,6 +362,44 @@ def test_no_equilibrium_is_an_error(activation, W_std, solver):
     assert not traced.converged.any()
 
 
+def bisected_variance(activation, W_std, s):
+    """The only root above `s` of `k = W_std² V(k) + s` with a concave `V`, and its `J`."""
+    low, high = s, s + W_std**2  # V is at most 1
+    for _ in range(200):
+        k = (low + high) / 2
+        dual = -np.expm1(-2 * k) / 2 if activation == "sin" else erf_dual(k)
+        above = W_std**2 * dual + s > k
+        low, high = np.where(above, k, low), np.where(above, high, k)
+    slope = (1 + np.exp(-2 * k)) / 2 if activation == "sin" else 4 / np.pi / np.sqrt(1 + 4 * k)
+    return k, W_std**2 * slope
+
+
+def erf_dual(k):
+    return 2 / np.pi * np.arctan2(2 * k, np.sqrt(1 + 4 * k))
+
+
+@pytest.mark.parametrize(("activation", "critical"), [("sin", 1.0), ("erf", np.pi**0.5 / 2)])
+def test_there_are_equilibria_at_the_edge(activation, critical, dtype):
+    """At and just above the W_std at which 0 loses its stability, for inputs near 0."""
+    edges = np.array([-1e-3, 0, 1e-4, 1e-3, 5e-3, 0.02, 0.1])
+    norm, W_std = np.meshgrid(10 ** np.linspace(-4, 0, 33), critical * (1 + edges))
+    norm, W_std = norm.ravel().astype(dtype), W_std.ravel().astype(dtype)
+    wide = norm.astype(np.longdouble), W_std.astype(np.longdouble)
+    k, rate = bisected_variance(activation, wide[1], wide[0] ** 2)
+
+    def solve(norm, W_std):
+        return deq_kernel(norm[None, None], W_std=W_std, activation=activation)
+
+    found = jax.jit(jax.vmap(solve))(norm, W_std)
+    exists = 1 - rate > 16 * np.finfo(dtype).eps
+    assert exists.sum() > 150
+    assert found.converged[exists].all()
+    error = np.abs(np.asarray(found.nngp[:, 0, 0]) - k)
+    assert (error <= np.asarray(found.nngp_error[:, 0, 0]))[exists].all()
+    for i in np.flatnonzero(exists)[::20]:  # eagerly nothing is raised
+        solve(norm[i], W_std[i])
+
+
 def test_only_the_inputs_without_equilibrium_are_nan():
     """erf: a larger input saturates the units, which stabilises the network."""
     x = jnp.array([[0.1, 0.0], [3.0, 1.0], [0.0, 0.2], [-2.0, 5.0]])

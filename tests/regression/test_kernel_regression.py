@@ -238,6 +238,38 @@ def test_as_many_landmarks_as_asked_for(data, monkeypatch):
     assert fit(data, method="cg", rank=31)._solver.precondition.rank == 31
 
 
+@pytest.mark.parametrize(
+    ("n", "categories", "noise"),
+    [
+        (2400, (3, 4, 5), 1e-4),
+        (500, (2,) * 6, 1e-6),
+        pytest.param(8400, (20,), 1e-4, marks=pytest.mark.slow),
+    ],
+)
+def test_inputs_that_are_there_many_times(n, categories, noise, monkeypatch):
+    """The same as one input for each of them, with its mean target and so many times less noise."""
+    monkeypatch.setattr(layout, "_SIDE", 2048)
+    rng = np.random.default_rng(0)
+    columns = [np.eye(count, dtype=np.float32)[rng.integers(count, size=n)] for count in categories]
+    x, y = np.concatenate(columns, axis=1), rng.normal(size=n)
+    model = fit((x, y), kernel_fn=DEQ_KERNEL_FN, method="cg", get="nngp", relative_noise=noise)
+
+    distinct, which, counts = np.unique(x, axis=0, return_inverse=True, return_counts=True)
+    kernel = np.asarray(DEQ_KERNEL_FN(distinct, None, "nngp"), np.float64)
+    means = np.bincount(which.ravel(), y) / counts
+    expected = kernel @ np.linalg.solve(kernel + np.diag(model.noise_ / counts), means)
+    assert len(model.solution_.relative_residuals) < 60
+    # The residual of one input is at most that of all, and that of a mean less than that.
+    atol = model.relative_residual * np.linalg.norm(y) / np.sqrt(counts.min())
+    np.testing.assert_allclose(model.predict(distinct), expected, rtol=0, atol=atol)
+
+
+def test_landmarks_go_on_where_some_are_there_twice(data):
+    x = np.repeat(data[0], 3, axis=0).astype(np.float32)
+    kernel = KernelTiles(KERNEL_FN, "ntk", Layout(len(x)), x)
+    assert Nystrom(kernel, 120, 1e-3).rank == 120
+
+
 def test_a_fit_that_fails_leaves_none(data):
     found = fit(data, method="cholesky")
     found.kernel_fn = stax.DEQ(1, 1.5)[2]
@@ -435,6 +467,17 @@ def test_a_store_goes_on_and_does_not_trust_a_damaged_tile(data, tmp_path, monke
     np.testing.assert_array_equal(again.coefficients_, whole.coefficients_)
 
 
+def test_damaged_tiles_at_the_edge_are_computed_anew(data, tmp_path):
+    data = data[0][:110], data[1][:110]  # the last tiles have 14 rows of 48
+    whole = fit(data, store=tmp_path / "k")
+    before = tiles(tmp_path / "k")
+    for name, content in before.items():
+        (tmp_path / "k" / name).write_bytes(content[:50])
+    again = fit(data, store=tmp_path / "k")
+    assert tiles(tmp_path / "k") == before
+    np.testing.assert_array_equal(again.coefficients_, whole.coefficients_)
+
+
 def test_a_store_of_another_kernel_says_in_which_setting(data, tmp_path):
     store, key = tmp_path / "k", {"W_std": 1.5, "b_std": 0.2}
     fit(data, store=store, store_key=key)
@@ -486,6 +529,18 @@ def test_a_store_of_something_else_is_refused(data, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("everything")
     with pytest.raises(StoreError, match="something else"):
         fit(data, store=tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "{}", '{"attributes": []}', '{"attributes": {"nt_deq": 1}}',
+     '{"attributes": {"nt_deq": {"key": {}}}}', '{"zarr_format": 3, "node_type": "group"}'],
+)  # fmt: skip
+def test_a_store_with_another_zarr_json_is_refused(content, data, tmp_path):
+    (tmp_path / "zarr.json").write_text(content)
+    with pytest.raises(StoreError, match=r"files of something else \(such as 'zarr.json'\)"):
+        fit(data, store=tmp_path)
+    assert (tmp_path / "zarr.json").read_text() == content
 
 
 def test_a_full_disk_keeps_what_is_there(data, tmp_path):

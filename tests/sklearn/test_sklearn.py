@@ -175,6 +175,12 @@ def test_no_prediction_is_an_error_and_no_class():
             model.predict(x_test)
 
 
+def test_an_error_counts_the_rows_there_are():
+    x = np.random.default_rng(0).normal(size=(11, 3))
+    with pytest.raises(NoEquilibriumError, match="is not for 11 rows of x1 "):
+        DEQRegressor(W_std=1.5, optimize=False).fit(x, x[:, 0])
+
+
 def test_one_thread_of_blas_computes(monkeypatch):
     """OpenBLAS' threads wait for each other in a loop, for minutes on a busy machine."""
     threads = []

@@ -54,6 +54,24 @@ def test_the_local_rate_is_known_where_the_equilibrium_is_unstable():
     np.testing.assert_allclose(rate, [expected], rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("scale", "activation", "error", "message"),
+    [
+        (1e30, "gelu", OverflowError, "the variance of row 1 of x overflows float32"),
+        (1e3, jnp.arctan, nt_deq.NotConvergedError, "expectations are not known.* row 1 of x "),
+    ],
+)
+def test_a_rate_that_is_not_found_is_not_called_none(scale, activation, error, message):
+    x = X.astype(np.float32) * np.array([[1], [scale], [1]], np.float32)
+    with pytest.raises(error, match=message):
+        theory.local_contraction(x, W_std=0.8, activation=activation)
+
+
+def test_a_rate_is_none_where_the_variance_grows_for_ever():
+    rates = theory.local_contraction(X, W_std=1.6, activation="gelu")
+    assert (np.isnan(rates) | (rates >= 1)).all()
+
+
 def test_the_local_rate_is_the_rate_of_the_kernel_solver():
     rates = theory.local_contraction(X, **TANH)
     np.testing.assert_allclose(np.max(rates), nt_deq.deq_kernel(X, **TANH).rate, rtol=1e-5)
