@@ -29,8 +29,9 @@ JAX_VERSIONS := 0.5.3 0.7.2 0.9.2
 demo: .venv/.ready
 	$(RUN) experiments.claims.compare --workdir=out/demo
 
+# A worker takes files in order, which share what is traced, and at the end from the other's rest.
 test: .venv/.ready
-	$(QUICK) $(RUN) $(PYTEST) --dist loadfile -m "not slow"
+	$(QUICK) $(RUN) $(PYTEST) --dist worksteal -m "not slow"
 
 # As users run it: with every optimisation.
 test-all: .venv/.notebooks test-versions
