@@ -10,8 +10,13 @@ PYTEST := pytest -n 2
 PROGRAMS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nt-deq/programs
 KEPT := JAX_COMPILATION_CACHE_DIR="$(PROGRAMS)/$(firstword $(shell cksum < uv.lock))" \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
-# And most of that goes into optimising programs that run once.
-QUICK := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(KEPT)
+# A process on Linux has 65,530 regions of memory, and ends when its programs need more. One in pieces needs
+# hundreds.
+WHOLE := --xla_cpu_parallel_codegen_split_count=1
+# And most of the time of compilation goes into optimising programs that run once, and into XLA's own emitters of
+# fusions.
+QUICK := XLA_FLAGS="$(WHOLE) --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $$XLA_FLAGS" \
+  $(KEPT)
 
 # Else the first start of every program compiles what it imports.
 export UV_COMPILE_BYTECODE := 1
@@ -26,12 +31,13 @@ JAX_VERSIONS := 0.5.3 0.7.2 0.9.2
 demo: .venv/.ready
 	$(RUN) experiments.claims.compare --workdir=out/demo
 
+# A worker takes files in order, which share what is traced, and at the end from the other's rest.
 test: .venv/.ready
-	$(QUICK) $(RUN) $(PYTEST) --dist loadfile -m "not slow"
+	$(QUICK) $(RUN) $(PYTEST) --dist worksteal -m "not slow"
 
 # As users run it: with every optimisation.
 test-all: .venv/.notebooks test-versions
-	$(KEPT) $(RUN) $(PYTEST)
+	XLA_FLAGS="$(WHOLE) $$XLA_FLAGS" $(KEPT) $(RUN) $(PYTEST)
 
 test-versions: $(JAX_VERSIONS:%=test-jax-%)
 

@@ -72,11 +72,13 @@ def test_derivatives_agree_with_each_other_and_with_differences(x64, name):
     def everything(w):
         one = jnp.ones_like(w)
         gradient = jax.grad(fn)
+        value, forward = jax.jvp(fn, (w,), (one,))
+        reverse, forward_over_reverse = jax.jvp(gradient, (w,), (one,))
         return {
-            "value": fn(w),
-            "forward": jax.jvp(fn, (w,), (one,))[1],
-            "reverse": gradient(w),
-            "forward over reverse": jax.jvp(gradient, (w,), (one,))[1],
+            "value": value,
+            "forward": forward,
+            "reverse": reverse,
+            "forward over reverse": forward_over_reverse,
             "reverse over reverse": jax.grad(gradient)(w),
         }
 
