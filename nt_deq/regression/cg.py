@@ -98,7 +98,7 @@ class ConjugateGradients:
             while not worst <= tolerance:
                 target = max(tolerance / 2, worst * _ACCURACY)
                 steps = self._steps(*products[-1], value, r, target / 2 * size)
-                best, since = np.inf, 0
+                best, since, found = np.inf, 0, value
                 try:
                     for step in steps:
                         found, norms, curvature = step

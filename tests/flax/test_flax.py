@@ -175,7 +175,6 @@ def test_a_traced_standard_deviation_is_refused(name):
         jax.jit(call)(0.5)
 
 
-
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     "parameterization", [pytest.param("ntk", marks=pytest.mark.slow), "standard"]

@@ -113,6 +113,7 @@ def bisected(name: str, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
     if name == "erf":
         low, high = own, own + W_var[:, 0]  # V is at most 1, and concave: there is one root
+        k = high
         for _ in range(200):  # from a variance that may be much smaller
             k = (low + high) / 2
             above = W_var[:, 0] * (2 / pi * np.arctan2(2 * k, np.sqrt(1 + 4 * k))) + own > k

@@ -364,7 +364,7 @@ def test_no_equilibrium_is_an_error(activation, W_std, solver):
 
 def bisected_variance(activation, W_std, s):
     """The only root above `s` of `k = W_std² V(k) + s` with a concave `V`, and its `J`."""
-    low, high = s, s + W_std**2  # V is at most 1
+    low, k, high = s, s, s + W_std**2  # V is at most 1
     for _ in range(200):
         k = (low + high) / 2
         dual = -np.expm1(-2 * k) / 2 if activation == "sin" else erf_dual(k)

@@ -83,6 +83,8 @@ def kernels(name):
         def step(_, k):
             old = s.replace(cov1=k[0], nngp=k[1], ntk=k[2])
             new = unreversed(cell[2](old))
+            assert new.cov1 is not None
+            assert s.cov1 is not None
             return new.cov1 + s.cov1, new.nngp + s.nngp, new.ntk + s.ntk
 
         k = lax.fori_loop(0, LAYERS, step, (s.cov1, s.nngp, s.ntk))
