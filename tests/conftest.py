@@ -15,7 +15,9 @@ jaxtyping.install_import_hook("nt_deq", "typecheck.checked")
 # Programs are many objects that stay; looking through all of them took a tenth of the time.
 gc.set_threshold(100_000, 50, 1000)
 
-STRICT = ("activations", "fixed_point", "flax", "gp", "kernels", "theory")
+STRICT = (
+    "activations", "fixed_point", "flax", "gp", "kernels", "regression", "sklearn", "theory",
+)  # fmt: skip
 
 
 @pytest.fixture

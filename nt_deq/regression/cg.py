@@ -179,7 +179,7 @@ def _direction(z, r, previous, p, rz, dtype):
     if p is None:
         return z.astype(dtype), new
     beta = jnp.sum(z * (r - previous), axis=0) / jnp.where(rz == 0, 1, rz)
-    return (z + beta[None] * p).astype(dtype), new
+    return (z + beta[None] * p.astype(z.dtype)).astype(dtype), new
 
 
 @in_float64

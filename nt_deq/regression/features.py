@@ -209,7 +209,7 @@ def _order(width: int) -> int:
 @partial(jax.jit, static_argnums=(0, 1))
 def _sketch(sizes, weights, signs, levels, x) -> Array:
     def mix(z, signs):
-        z = z * signs.astype(z.dtype)
+        z = z * signs.astype(z.dtype)[None]
         return _hadamard(jnp.pad(z, ((0, 0), (0, _order(z.shape[1]) - z.shape[1]))))
 
     mixed, power = mix(x, signs), x

@@ -187,7 +187,8 @@ class Layout:
         def total(y):
             y = jax.lax.psum_scatter(y[0], AXIS, tiled=True)
             first = jax.lax.axis_index(AXIS) * self.share
-            return jnp.where(first + jnp.arange(self.share)[:, None] < self.n, y, 0)
+            rows = first + jnp.arange(self.share, dtype=first.dtype)
+            return jnp.where(rows[:, None] < self.n, y, 0)
 
         return in_float64(jax.jit(shard_map(total, self.mesh, (P(AXIS),), P(AXIS))))
 

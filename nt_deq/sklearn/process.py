@@ -215,7 +215,7 @@ class DEQProcess(BaseEstimator):
         def covariance(x1, x2, _):  # of √w y, as if each were one observation
             root1, root2 = (x[:, -1] for x in (x1, x1 if x2 is None else x2))
             kernel = kernel_fn(x1[:, :-1], None if x2 is None else x2[:, :-1], get)
-            return root1[:, None] * root2 * kernel
+            return root1[:, None] * root2[None, :] * kernel
 
         root = np.sqrt(self._weights)[:, None]
         x = np.hstack([self._scaler.transform(self.X_train_), root]).astype(np.float64)

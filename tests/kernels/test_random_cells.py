@@ -3,6 +3,9 @@
 The standard deviations are traced, so that a cell is one program for all examples.
 """
 
+# neural-tangents types a kernel as any tree of kernels.
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+
 from functools import cache
 
 import jax
