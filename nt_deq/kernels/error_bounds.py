@@ -25,8 +25,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from nt_deq.activations import Activation
 from nt_deq.activations.elementary import arc_moment, versine
 from nt_deq.kernels.equations import Marginals, marginal_map
 from nt_deq.kernels.quotient import over
@@ -34,7 +36,7 @@ from nt_deq.kernels.series import NEAR, Chebyshev, homogeneous
 from nt_deq.kernels.tiles import by_tiles
 
 ENOUGH = 0.01  # of the scale of `Θ*`: what float32 must give
-_UNITS = 3.0  # rounding errors of an equation that is evaluated once, in eps
+_UNITS = 2.0  # rounding errors of an equation that is evaluated once, in eps
 
 
 class Errors(NamedTuple):
@@ -174,7 +176,7 @@ class _Inputs(NamedTuple):
 def _bound_inputs(activation, gram_error, W_var, injected, marginals) -> _Inputs:
     """The equilibria of inputs with themselves, with what is not known of them."""
     variance = marginals.variance
-    rounding = _UNITS * float(jnp.finfo(variance.dtype).eps)
+    rounding = _rounding(activation, variance.dtype)
     off = marginals.root.residual + rounding * variance + gram_error * injected
 
     def largest(fn, relative):
@@ -195,6 +197,12 @@ def _bound_inputs(activation, gram_error, W_var, injected, marginals) -> _Inputs
     moved = largest(lambda k: jnp.abs(rate_at(k) - rate), jnp.minimum(error, 1))
     number = jnp.arange(len(variance))
     return _Inputs(number, injected, variance, error, rate, moved + rounding * rate)
+
+
+def _rounding(activation: Activation, dtype: DTypeLike) -> float:
+    """Of an equation that is evaluated once; a dual of several functions rounds once more."""
+    units = _UNITS if activation.homogeneous else _UNITS + 1
+    return units * float(jnp.finfo(dtype).eps)
 
 
 def _divided(a: Array, gap: Array) -> Array:
@@ -234,7 +242,7 @@ class _Sensitivity(NamedTuple):
 def _tile(activation, series_rtol, gram_error, W_var, rows, columns, pairs) -> tuple[Array, Array]:
     """The bounds of pairs of different inputs."""
     covariance, dual, dual_slope, residual = pairs
-    rounding = _UNITS * float(jnp.finfo(covariance.dtype).eps)
+    rounding = _rounding(activation, covariance.dtype)
     s1, k1, error1, rate1, rate_error1 = (a[:, None] for a in rows[1:])
     s2, k2, error2, rate2, rate_error2 = (a[None, :] for a in columns[1:])
     scale = jnp.sqrt(k1) * jnp.sqrt(k2)
