@@ -39,6 +39,7 @@ from nt_deq.errors import ArgumentError
 
 T = TypeVar("T")
 
+_KEPT = 64  # functions, with what was found out about them
 _MODULES = ("jax.nn", "jax.numpy", "jax.scipy.special", "jax.lax")  # where JAX has its functions
 
 
@@ -160,7 +161,13 @@ def get_activation(activation: Phi) -> Activation:
     An elementwise JAX function that has the values of one of `nt_deq.activations`, as `jax.nn.relu`
     has, is that one; one with a kink at 0 and linear on both sides is `piecewise_linear`. Any other
     is expanded in Hermite polynomials (`nt_deq.activations.hermite`). The same function object
-    gives the same `Activation`.
+    gives the same `Activation`, and so do two that are equal, as instances of a frozen dataclass
+    with a `__call__` are.
+
+    A function that is made anew, such as a `lambda` in a loop, is another one every time: a kernel
+    of it takes 2 seconds to examine and compile, and 20 to 30 MB for its programs, which JAX keeps
+    until `jax.clear_caches()`. What is kept here is bounded, to the last 64 functions. Make it once
+    outside of the loop, or let what varies be a field of a frozen dataclass.
 
     Raises:
       ValueError: the name is not in `nt_deq.activations`, or the function has no usable expansion:
@@ -190,7 +197,7 @@ def get_activation(activation: Phi) -> Activation:
     return activation if isinstance(activation, Activation) else _from_function(activation)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=_KEPT)
 def _from_function(fn: Callable[[Array], Array]) -> Activation:
     for known in ACTIVATIONS.values():
         if known.fn is fn:

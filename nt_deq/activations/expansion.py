@@ -117,7 +117,7 @@ class _Samples(NamedTuple):
         return tails * self.relative()[:, None]
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)  # of some derivatives and dtypes of each function that is kept
 def expand(fn: Derivative, dtype: np.dtype) -> Expansion:
     """Measures over which variances the series of `fn` converges in this dtype, and how fast.
 

@@ -1,8 +1,11 @@
 """The Gaussian expectations of the activations, against quadrature and finite differences."""
 
 import copy
+import gc
 import itertools
 import pickle
+import weakref
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -384,3 +387,28 @@ def test_derivatives_at_equal_inputs_do_not_depend_on_rounding(name):
         expected = [-size * fn(c64) / 2, -size * fn(c64) / 2, size * slope(c64)]
         # 2c exceeds k1 + k2 by up to 3 ulp of 20, and exp moves by half of that
         np.testing.assert_allclose(found(k, k2, c), expected, rtol=1e-5, err_msg=name)
+
+
+@dataclass(frozen=True)
+class Leaky:
+    slope: float
+
+    def __call__(self, z):
+        return jnp.where(z > 0, z, self.slope * z)
+
+
+def test_equal_functions_are_one_activation():
+    assert get_activation(Leaky(0.2)) is get_activation(Leaky(0.2))
+    assert get_activation(Leaky(0.2)) != get_activation(Leaky(0.3))
+
+
+def test_functions_made_anew_are_not_kept_for_ever():
+    """The last 64 are, with what was found out about them."""
+    made = []
+    for _ in range(70):
+        fn = lambda z: jnp.maximum(z, 0)  # noqa: E731
+        assert get_activation(fn).name == "relu"
+        made.append(weakref.ref(fn))
+    jax.clear_caches()
+    gc.collect()
+    assert sum(ref() is not None for ref in made) <= 64
