@@ -1,0 +1,65 @@
+"""Errors of `V` and `V̇` of tanh, ours and neural-tangents': `python tests/kernels/peer.py`.
+
+neural-tangents' is `stax.ElementwiseNumerical`, by Gauss-Hermite quadrature in two dimensions, of
+degree 25. The reference is the trapezoidal rule, which converges geometrically. Prints the table of
+docs/precision.md.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nt_deq
+from nt_deq import stax
+
+VARIANCES = (0.1, 1.0, 5.0, 25.0)
+CORRELATIONS = np.array([-0.9, 0.5, 0.9, 0.99, 0.999])
+DEGREE = 25
+
+
+def expectation(fn, k: float) -> np.ndarray:
+    """`E[fn(u) fn(u')]` at every correlation, for variances `k`."""
+    g = np.arange(-450, 451) * 0.02
+    density = np.exp(-g * g / 2) * 0.02 / np.sqrt(2 * np.pi)
+    other = np.sqrt(1 - CORRELATIONS**2)[:, None, None] * g
+    u, v = np.sqrt(k) * g[:, None], np.sqrt(k) * (CORRELATIONS[:, None, None] * g[:, None] + other)
+    return np.einsum(
+        "i,j,ij,cij->c", density, density, np.broadcast_to(fn(u), (len(g),) * 2), fn(v)
+    )
+
+
+def duals(layer, k: float) -> tuple[np.ndarray, np.ndarray]:
+    """`V` and `V̇` of a layer, from the kernel of `√k (cos, sin)` and `√k (1, 0)`."""
+    x = np.sqrt(2 * k) * np.stack([CORRELATIONS, np.sqrt(1 - CORRELATIONS**2)], axis=1)
+    first = np.sqrt(2 * k) * np.array([[1.0, 0.0]])
+    kernel_fn = stax.serial(stax.Dense(1), layer)[2]
+    kernel = kernel_fn(jnp.asarray(x), jnp.asarray(first), ("nngp", "ntk"))
+    before = k * CORRELATIONS[:, None]  # of `Dense`, the NTK of which it is too
+    return np.asarray(kernel.nngp)[:, 0], np.asarray(kernel.ntk / before)[:, 0]
+
+
+def main() -> None:
+    """Prints the table."""
+    jax.config.update("jax_enable_x64", True)
+    ours = stax.Nonlinearity("tanh")
+    theirs = stax.ElementwiseNumerical(jnp.tanh, DEGREE)
+    print("| variance | V, ours | V, neural-tangents | V̇, ours | V̇, neural-tangents |")
+    print("|---|---|---|---|---|")
+    for k in VARIANCES:
+        exact = expectation(np.tanh, k), expectation(lambda z: np.cosh(z) ** -2.0, k)
+        errors = []
+        for i, true in enumerate(exact):
+            for layer in (ours, theirs):
+                try:
+                    found = duals(layer, k)[i]
+                except nt_deq.NotConvergedError:
+                    errors.append("an error")
+                    continue
+                errors.append(f"{np.max(np.abs(found / true - 1)):.1e}")
+        print(f"| {k:g} | {' | '.join(errors)} |")
+
+
+if __name__ == "__main__":
+    main()
