@@ -100,8 +100,8 @@ class ConjugateGradients:
                 steps = self._steps(*products[-1], value, r, target / 2 * size)
                 best, since, found = np.inf, 0, value
                 try:
-                    for step in steps:
-                        found, norms, curvature = step
+                    while True:
+                        found, norms, curvature = next(steps)
                         _check_curvature(layout.gather(curvature), self.noise)
                         residual = largest(norms)
                         residuals.append(residual)

@@ -23,11 +23,10 @@ def expectation(fn, k: float) -> np.ndarray:
     """`E[fn(u) fn(u')]` at every correlation, for variances `k`."""
     g = np.arange(-450, 451) * 0.02
     density = np.exp(-g * g / 2) * 0.02 / np.sqrt(2 * np.pi)
-    other = np.sqrt(1 - CORRELATIONS**2)[:, None, None] * g
-    u, v = np.sqrt(k) * g[:, None], np.sqrt(k) * (CORRELATIONS[:, None, None] * g[:, None] + other)
-    return np.einsum(
-        "i,j,ij,cij->c", density, density, np.broadcast_to(fn(u), (len(g),) * 2), fn(v)
-    )
+    rho = CORRELATIONS[:, None, None]
+    u, v = g[:, None], rho * g[:, None] + np.sqrt(1 - rho**2) * g
+    values = fn(np.sqrt(k) * u) * fn(np.sqrt(k) * v)
+    return np.einsum("i,j,cij->c", density, density, values)
 
 
 def duals(layer, k: float) -> tuple[np.ndarray, np.ndarray]:
