@@ -95,31 +95,6 @@ def _arctan2_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def arcsin(x: Batch) -> Batch:
-    """The angle in [-π/2, π/2] whose sine is `x`, with an infinite derivative at ±1."""
-    return arctan2(x, jnp.sqrt((1 - x) * (1 + x)))
-
-
-@arcsin.defjvp
-def _arcsin_jvp(primals, tangents):
-    (x,), (dx,) = primals, tangents
-    return arcsin(x), _arcsin_slope(x) * dx
-
-
-@jax.custom_jvp
-def _arcsin_slope(x: Batch) -> Batch:
-    """`1/√(1 - x²)`, whose derivatives at ±1 are infinite too, not NaN."""
-    return 1 / jnp.sqrt((1 - x) * (1 + x))
-
-
-@_arcsin_slope.defjvp
-def _arcsin_slope_jvp(primals, tangents):
-    (x,), (dx,) = primals, tangents
-    slope = _arcsin_slope(x)
-    return slope, x * slope**3 * dx
-
-
-@jax.custom_jvp
 def sine(angle: Batch) -> Batch:
     """`sin α` for `α` in [0, π/2]."""
     square = angle * angle

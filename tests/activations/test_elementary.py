@@ -12,12 +12,11 @@ import pytest
 from nt_deq.activations import elementary
 
 EXACT = {
-    "arcsin": mpmath.asin,
     "sine": mpmath.sin,
     "versine": lambda a: 2 * mpmath.sin(a / 2) ** 2,
     "arc_moment": lambda a: (mpmath.sin(a) - a * mpmath.cos(a)) / mpmath.pi,
 }
-ENDS = {"arcsin": 1, "sine": np.pi / 2, "versine": np.pi, "arc_moment": np.pi}  # of the range
+ENDS = {"sine": np.pi / 2, "versine": np.pi, "arc_moment": np.pi}  # of the range
 
 
 def units_off(found, exact):
@@ -89,19 +88,15 @@ def test_functions_of_one_number_are_exact_to_4_units(dtype, name):
     rng = np.random.default_rng(2)
     x = np.concatenate([rng.uniform(0, 1, 2000), 10 ** rng.uniform(-10, 0, 1000), [0]])
     x = np.concatenate([x, 1 - x]) * ENDS[name]
-    if name == "arcsin":
-        x = np.concatenate([x, -x])
     x = np.minimum(x, ENDS[name] * (1 - np.finfo(dtype).eps)).astype(dtype)
     found = jax.jit(getattr(elementary, name))(x)
     assert found.dtype == dtype
     assert units_off(found, [EXACT[name](*number) for number in wide(x)]) < 4
 
 
-def test_what_has_no_value_is_nan(dtype):
-    outside = [-np.inf, -1.5, np.nextafter(dtype.type(1), dtype.type(2)), np.inf, np.nan]
-    assert np.isnan(elementary.arcsin(jnp.asarray(outside, dtype))).all()
-    for name in EXACT:
-        assert np.isnan(getattr(elementary, name)(jnp.asarray(np.nan, dtype)))
+@pytest.mark.parametrize("name", EXACT)
+def test_nan_stays_nan(dtype, name):
+    assert np.isnan(getattr(elementary, name)(jnp.asarray(np.nan, dtype)))
 
 
 def forward(fn):
@@ -139,15 +134,6 @@ def test_derivatives_of_arctan2(x64):
 def test_squares_do_not_overflow_in_derivatives_of_arctan2(scale):
     found = jax.grad(elementary.arctan2, (0, 1))(3 * jnp.float32(scale), -4 * jnp.float32(scale))
     np.testing.assert_allclose(found, [-0.16 / scale, -0.12 / scale], rtol=1e-6)
-
-
-@pytest.mark.parametrize("end", [-1.0, 1.0])
-def test_the_derivatives_of_arcsin_at_its_ends_are_infinite(dtype, end):
-    """In both modes, with the sign of their limits."""
-    end = jnp.asarray(end, dtype)
-    for first, second in itertools.product(MODES, repeat=2):
-        assert first(elementary.arcsin)(end) == np.inf
-        assert second(first(elementary.arcsin))(end) == np.inf * end
 
 
 def test_xla_calls_no_library_for_them(dtype):
