@@ -266,8 +266,9 @@ def _tile(activation, series_rtol, gram_error, W_var, rows, columns, pairs) -> t
     delta = jnp.minimum(_divided(found.off, least), 2)
     gap = jnp.maximum(1 - rate - rounding - found.moved_rate - found.spread(delta), least)
     delta = jnp.minimum(_divided(found.off, gap), delta)
-    of_scale = jnp.abs(rho) * (error1 + error2) / 2
-    nngp_error = scale * jnp.minimum(delta + found.cosine + of_scale, 2)
+    of_scale = scale * jnp.abs(rho) * (error1 + error2) / 2
+    largest_scale = scale * jnp.sqrt(1 + error1) * jnp.sqrt(1 + error2)
+    nngp_error = largest_scale * jnp.minimum(delta + found.cosine, 2) + of_scale
     rate_error = rounding + found.moved_rate + found.spread(delta)
     gap = jnp.maximum(1 - rate - rate_error, least)
     return nngp_error, _ntk_error(covariance, rate, nngp_error, rate_error, gap)

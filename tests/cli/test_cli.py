@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -320,7 +321,12 @@ def test_signals_end_it_with_files_as_they_were(files):
     words = ["kernel", "many.npy", "--out", "k.npy", "--force", "--activation", "gelu"]
     left = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen([NT_DEQ, *words], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(  # the shell that runs tests in the background ignores SIGINT
+            [NT_DEQ, *words],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+        )
         deadline = time.monotonic() + 120
         while not list(Path().glob(".nt-deq-k.npy.*.part")):
             assert process.poll() is None, process.stderr.read()
