@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -315,18 +314,16 @@ def test_a_kernel_is_compiled_once_and_not_at_every_tile(files, monkeypatch):
     assert len(traced) == 2  # on the diagonal and off it
 
 
-def test_signals_end_it_with_files_as_they_were(files):
+def test_signals_end_it_with_files_as_they_were(files, request):
+    # What runs in the background of a shell ignores SIGINT, and so do its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     np.save("many.npy", np.random.default_rng(0).standard_normal((9000, 3)))
     Path("k.npy").write_text("before")
     words = ["kernel", "many.npy", "--out", "k.npy", "--force", "--activation", "gelu"]
     left = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen(  # the shell that runs tests in the background ignores SIGINT
-            [NT_DEQ, *words],
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
-        )
+        process = subprocess.Popen([NT_DEQ, *words], stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
         while not list(Path().glob(".nt-deq-k.npy.*.part")):
             assert process.poll() is None, process.stderr.read()
