@@ -1,5 +1,6 @@
 """Fixtures shared by the tests, and the types of what they call, which are checked."""
 
+import contextlib
 import gc
 
 import jax
@@ -20,22 +21,34 @@ STRICT = (
 )  # fmt: skip
 
 
+@contextlib.contextmanager
+def float64(enabled=True):
+    """The mode of JAX's dtypes, and afterwards what it was."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", enabled)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
 @pytest.fixture
 def x64():
     """Runs the test in float64."""
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+    with float64():
+        yield
+
+
+@pytest.fixture(scope="module")
+def x64_module():
+    """Runs all tests of a module in float64; examples of Hypothesis share a fixture anyway."""
+    with float64():
+        yield
 
 
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     """Runs the test in float32 and in float64."""
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", request.param == "float64")
-    yield np.dtype(request.param)
-    jax.config.update("jax_enable_x64", before)
+    with float64(request.param == "float64"):
+        yield np.dtype(request.param)
 
 
 @pytest.fixture

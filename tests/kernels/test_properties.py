@@ -13,15 +13,8 @@ from nt_deq.activations import ACTIVATIONS
 
 ROWS = 9
 EXAMPLES = settings(deadline=None, max_examples=20, derandomize=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def x64():
-    """For the references; the dtype of a kernel is that of its inputs."""
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+# For the references; the dtype of a kernel is that of its inputs.
+pytestmark = pytest.mark.usefixtures("x64_module")
 
 
 @st.composite

@@ -23,14 +23,7 @@ from nt_deq.kernels.cell import unreversed
 ROWS, LAYERS = 4, 300
 ORDER = jnp.array([2, 0, 3, 1])
 EXAMPLES = settings(deadline=None, max_examples=15, derandomize=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def x64():
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = pytest.mark.usefixtures("x64_module")
 
 
 def network(stax, name, stds):
