@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from nt_deq.kernels.dense import KernelSolution, deq_kernel
     from nt_deq.kernels.series import Chebyshev
+    from nt_deq.kernels.tiled import tiled
     from nt_deq.networks import deq_network
     from nt_deq.regression import KernelClassifier, KernelRegression
 
@@ -63,6 +64,7 @@ _HOMES = {
     ),
     "nt_deq.kernels.dense": ("KernelSolution", "deq_kernel"),
     "nt_deq.kernels.series": ("Chebyshev",),
+    "nt_deq.kernels.tiled": ("tiled",),
     "nt_deq.networks": ("deq_network",),
     "nt_deq.regression": ("KernelClassifier", "KernelRegression"),
 }

@@ -34,6 +34,7 @@ from nt_deq.kernels.diagnosis import raise_unless_cell_solved, raise_unless_solv
 from nt_deq.kernels.equations import Injection, dense_solver, solve_equilibrium
 from nt_deq.kernels.nonlinearity import apply_dual
 from nt_deq.kernels.series import Chebyshev
+from nt_deq.kernels.tiled import tiled
 from nt_deq.typing import AnyLayer, Layer, LayerKernelFn, Number
 
 __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
@@ -60,12 +61,12 @@ def _full_precision(fn: _Fn) -> _Fn:
 
 
 def _with_exact_kernel(make: Callable[_P, AnyLayer]) -> Callable[_P, Layer]:
-    """A layer whose `kernel_fn` has full precision, that of `x·xᵀ` included."""
+    """A layer whose `kernel_fn` goes by tiles, in full precision, that of `x·xᵀ` included."""
 
     @wraps(make)
     def wrapped(*args, **kwargs):
         init_fn, apply_fn, kernel_fn = make(*args, **kwargs)
-        return init_fn, apply_fn, _full_precision(kernel_fn)
+        return init_fn, apply_fn, tiled(_full_precision(kernel_fn))
 
     return wrapped
 

@@ -14,6 +14,7 @@ the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -21,7 +22,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import neural_tangents as nt
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PyTree
 
@@ -36,7 +36,7 @@ from nt_deq.fixed_point.implicit import (
 from nt_deq.fixed_point.newton import Newton
 from nt_deq.fixed_point.solver import Bounds, Evaluation, Solver, norm, rounding
 from nt_deq.kernels.quotient import over
-from nt_deq.kernels.tiles import by_tiles
+from nt_deq.kernels.tiles import by_tiles, mirrored
 
 KernelMap = Callable[[nt.Kernel], nt.Kernel]
 _POWER_STEPS = 30
@@ -344,18 +344,14 @@ def _solve_channel(channel, k, injected, exists, solver) -> tuple[Array, Array, 
     def side(cov, mask):
         return jnp.arange(len(cov)), cov, mask
 
-    def mirror(a):  # the kernel of (x', x), and the other order of every pair of spatial axes
-        axes = np.arange(a.ndim)
-        swapped = 2 if k.diagonal_spatial else a.ndim
-        axes[:swapped] = axes[:swapped].reshape(-1, 2)[:, ::-1].ravel()
-        return jnp.transpose(a, axes)
-
     rows = side(k.cov1, k.mask1)
     columns = rows if k.cov2 is None else side(k.cov2, k.mask2)
     value, converged, steps = by_tiles(
-        tile, *lax.stop_gradient((rows, columns, (k.nngp, injected, exists))),
-        mirror if k.cov2 is None else None,
-    )  # fmt: skip
+        tile,
+        *lax.stop_gradient((rows, columns, (k.nngp, injected, exists))),
+        partial(mirrored, k.diagonal_spatial) if k.cov2 is None else None,
+        math.prod(injected.shape[2:]),
+    )
     value = select(converged, value, injected)
     layer, args = _block_layer(channel, k, injected, exists)
     value = implicit_vectors(layer, partial(_solve_linear, solver), _flat(value), args)

@@ -21,7 +21,7 @@ def apply_dual(activation: Activation, k: nt.Kernel) -> nt.Kernel:
             f"the nonlinearity {activation.name!r} follows a layer without random weights: its "
             "input is not Gaussian; put a stax.Dense or stax.Conv before it."
         )
-    if k.diagonal_spatial:
+    if k.diagonal_spatial or k.cov1.ndim == 1:
         rows, columns = k.cov1, k.cov1 if k.cov2 is None else k.cov2
 
         def within(cov):

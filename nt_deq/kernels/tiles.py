@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -28,6 +28,7 @@ def by_tiles(
     columns: PyTree[Shaped[Array, "n2 ..."]],
     pairs: PyTree[Shaped[Array, "n1 n2 ..."]],
     mirror: Callable[[Array], Array] | None,
+    block: int = 1,
 ) -> PyTree[Array]:
     """`fn(rows, columns, pairs)` for an `fn` whose pairs are independent of each other.
 
@@ -38,18 +39,41 @@ def by_tiles(
       columns: a pytree of arrays `(n2, ...)`.
       pairs: a pytree of arrays `(n1, n2, ...)`.
       mirror: turns the result for `(i, j)` into that for `(j, i)`; `None` if nothing does.
+      block: how many entries a pair has, at the most.
 
     Returns:
       What `fn(rows, columns, pairs)` would.
     """
     args = (rows, columns, pairs)
     shape = len(jax.tree.leaves(rows)[0]), len(jax.tree.leaves(columns)[0])
-    entries = max((math.prod(a.shape[2:]) for a in jax.tree.leaves(pairs)), default=1)
-    on_cpu, elsewhere = (max(1, math.isqrt(side**2 // entries)) for side in (_SIDE_ON_CPU, _SIDE))
-    if max(shape) <= on_cpu:
+    if fits(shape, block):
         return fn(*args)
+    on_cpu, elsewhere = (_side(side, block) for side in (_SIDE_ON_CPU, _SIDE))
     whole, tiles = (partial(_loop, fn, shape, mirror, side) for side in (elsewhere, on_cpu))
     return lax.platform_dependent(*args, cpu=tiles, default=whole)
+
+
+def fits(shape: Sequence[int], block: int) -> bool:
+    """Whether the pairs `(n1, n2)` of so many entries are one tile."""
+    return max(shape) <= _side(_SIDE_ON_CPU, block)
+
+
+def _side(side: int, block: int) -> int:
+    """The side of a tile of blocks that has as many entries as one of single ones."""
+    return max(1, math.isqrt(side**2 // block))
+
+
+def mirrored(diagonal_spatial: bool, a: Array) -> Array:
+    """The kernel of `(x', x)` of that of `(x, x')`: every pair of spatial axes in the other order.
+
+    Args:
+      diagonal_spatial: whether `a` has one axis where it else has a pair.
+      a: `(n1, n2, ...)`.
+    """
+    axes = list(range(a.ndim))
+    for i in range(0, 2 if diagonal_spatial else a.ndim, 2):
+        axes[i : i + 2] = i + 1, i
+    return jnp.transpose(a, axes)
 
 
 def _loop(fn, shape, mirror, side, *args):
@@ -82,11 +106,14 @@ def _loop(fn, shape, mirror, side, *args):
                 return whole
             return lax.dynamic_update_slice(whole, mirror(part), _corner(start[::-1], part))
 
-        return jax.tree.map(join, whole, tile(start))
+        # A branch that is always taken: else XLA:CPU, which drops barriers, computes what is at the
+        # end of a tile once for each of its places in the whole.
+        part = lax.cond(start[0] >= 0, tile, lambda _: jax.tree.map(jnp.zeros_like, parts), start)
+        return jax.tree.map(join, whole, part)
 
+    parts = jax.eval_shape(tile, starts[0])
     whole = jax.tree.map(
-        lambda part: jnp.zeros((*shape, *part.shape[2:]) if part.ndim else (), part.dtype),
-        jax.eval_shape(tile, starts[0]),
+        lambda part: jnp.zeros((*shape, *part.shape[2:]) if part.ndim else (), part.dtype), parts
     )
     return lax.fori_loop(0, len(starts), step, whole)
 
