@@ -1,14 +1,16 @@
 """`neural_tangents.stax` with networks of infinite depth.
 
 Everything that `neural_tangents.stax` exports is here too, so that one import changes:
-`from nt_deq import stax`. `Relu`, `LeakyRelu`, `Abs` and `ABRelu` compute the same functions with
-kernels that are exact, and differentiable, where an input meets itself; matrix products within a
-`kernel_fn` have full precision on every platform.
+`from nt_deq import stax`. `Relu`, `LeakyRelu`, `Abs`, `ABRelu`, `Erf`, `Gelu`, `Sin`, `Cos` and
+`Rbf` compute the same functions with kernels that are exact, and differentiable, where an input
+meets itself; a network's kernel is computed tile by tile of pairs (`nt_deq.tiled`), with matrix
+products in full precision on every platform.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, cast
@@ -23,6 +25,7 @@ from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildca
 
 from nt_deq import _checks
 from nt_deq.activations import Phi, get_activation, piecewise_linear
+from nt_deq.activations.activation import affine_erf, sinusoid
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.implicit import keep
 from nt_deq.fixed_point.newton import Newton
@@ -147,6 +150,45 @@ def LeakyRelu(alpha: float, do_stabilize: bool = False) -> Layer:
 def Abs(do_stabilize: bool = False) -> Layer:
     """`|z|`: see `ABRelu`."""
     return ABRelu(-1.0, 1.0, do_stabilize)
+
+
+def Erf(a: Number = 1.0, b: Number = 1.0, c: Number = 0.0) -> Layer:
+    """`a erf(b z) + c`, as `neural_tangents.stax.Erf`.
+
+    Its arctangents vectorise on a CPU, and derivatives are right where an input meets itself. So it
+    is of the layers below. One whose parameters are traced is neural-tangents' own.
+    """
+    if _checks.is_traced(a, b, c):
+        return _with_exact_kernel(_nt_stax.Erf)(a, b, c)
+    return Nonlinearity(affine_erf(f"Erf({a}, {b}, {c})", float(a), float(b), float(c)))
+
+
+def Gelu(approximate: bool = False) -> Layer:
+    """`z Φ(z)`, as `neural_tangents.stax.Gelu`: see `Erf`.
+
+    `approximate` is of finite networks, whose kernel is taken to be the same; it is left to
+    neural-tangents.
+    """
+    return _with_exact_kernel(_nt_stax.Gelu)(True) if approximate else Nonlinearity("gelu")
+
+
+def Sin(a: Number = 1.0, b: Number = 1.0, c: Number = 0.0) -> Layer:
+    """`a sin(b z + c)`, as `neural_tangents.stax.Sin`: see `Erf`."""
+    if _checks.is_traced(a, b, c):
+        return _with_exact_kernel(_nt_stax.Sin)(a, b, c)
+    return Nonlinearity(sinusoid(f"Sin({a}, {b}, {c})", float(a), float(b), float(c)))
+
+
+def Cos(a: Number = 1.0, b: Number = 1.0, c: Number = 0.0) -> Layer:
+    """`a cos(b z + c)`, as `neural_tangents.stax.Cos`: see `Erf`."""
+    return Sin(a, b, c + math.pi / 2)
+
+
+def Rbf(gamma: Number = 1.0) -> Layer:
+    """`√2 sin(√(2γ) z + π/4)`, whose kernel is `exp(-γ (k + k' - 2c))`: see `Erf`."""
+    if _checks.is_traced(gamma):
+        return _with_exact_kernel(_nt_stax.Rbf)(gamma)
+    return Sin(math.sqrt(2), math.sqrt(2 * float(gamma)), math.pi / 4)
 
 
 @_layer

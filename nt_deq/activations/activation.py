@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -115,6 +116,28 @@ def piecewise_linear(name: str, negative: float, positive: float) -> Activation:
         lipschitz=max(map(abs, slopes)),
         homogeneous=True,
     )
+
+
+def affine_erf(name: str, a: float, b: float, c: float) -> Activation:
+    """`φ(z) = a erf(b z) + c`."""
+    return _family("affine_erf", name, (a, b, c), 2 / math.sqrt(math.pi))
+
+
+def sinusoid(name: str, a: float, b: float, c: float) -> Activation:
+    """`φ(z) = a sin(b z + c)`."""
+    return _family("sinusoid", name, (a, b, c), 1.0)
+
+
+def _family(
+    formula: str, name: str, parameters: tuple[float, float, float], steepest: float
+) -> Activation:
+    """One of a family of closed forms, `a ψ(b z + ...)`, and the largest slope of `ψ`."""
+    a, b, _ = parameters
+    kinds = ("", "_dual", "_dual_diagonal")
+    fn, dual, diagonal = (
+        Formula(getattr(closed_forms, formula + kind), parameters) for kind in kinds
+    )
+    return Activation(name, fn, dual, diagonal, lipschitz=abs(a * b) * steepest)
 
 
 def smooth(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activation:

@@ -10,6 +10,8 @@ there.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -180,3 +182,42 @@ def cos_dual_diagonal(k: Batch) -> Moments:
     """`cos_dual(k, k, k)`."""
     moment, slope_moment = sin_dual_diagonal(k)
     return slope_moment, moment
+
+
+def affine_erf(a: float, b: float, c: float, z: Batch) -> Batch:
+    """`a erf(b z) + c`."""
+    return a * erf(b * z) + c
+
+
+def affine_erf_dual(a: float, b: float, c: float, k1: Batch, k2: Batch, cov: Batch) -> Moments:
+    """Those of erf at variances that are `b²` times as large; its mean is 0."""
+    v, slope = erf_dual(b**2 * k1, b**2 * k2, b**2 * cov)
+    return a**2 * v + c**2, (a * b) ** 2 * slope
+
+
+def affine_erf_dual_diagonal(a: float, b: float, c: float, k: Batch) -> Moments:
+    """`affine_erf_dual(a, b, c, k, k, k)`."""
+    v, slope = erf_dual_diagonal(b**2 * k)
+    return a**2 * v + c**2, (a * b) ** 2 * slope
+
+
+def sinusoid(a: float, b: float, c: float, z: Batch) -> Batch:
+    """`a sin(b z + c)`."""
+    return a * jnp.sin(b * z + c)
+
+
+def sinusoid_dual(a: float, b: float, c: float, k1: Batch, k2: Batch, cov: Batch) -> Moments:
+    """`sin(z + c) = cos c · sin z + sin c · cos z`, and `E[sin u cos u']` is 0."""
+    return _phased(a, b, c, *sin_dual(b**2 * k1, b**2 * k2, b**2 * cov))
+
+
+def sinusoid_dual_diagonal(a: float, b: float, c: float, k: Batch) -> Moments:
+    """`sinusoid_dual(a, b, c, k, k, k)`."""
+    return _phased(a, b, c, *sin_dual_diagonal(b**2 * k))
+
+
+def _phased(a, b, c, of_sin, of_cos) -> Moments:
+    """The moments of a sinusoid, of those of sin and cos."""
+    sine, cosine = math.sin(c) ** 2, math.cos(c) ** 2
+    v, slope = cosine * of_sin + sine * of_cos, cosine * of_cos + sine * of_sin
+    return a**2 * v, (a * b) ** 2 * slope

@@ -323,3 +323,42 @@ def test_the_module_is_stax_and_more():
             theirs = getattr(original, name)
             same = ours in (theirs, getattr(theirs, "__wrapped__", None))
             assert same != (name in exact), name
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda stax: stax.Erf(1.3, 0.7, 0.4),
+        lambda stax: stax.Gelu(),
+        lambda stax: stax.Sin(1.3, 0.7, 0.4),
+        lambda stax: stax.Cos(1.3, 0.7, 0.4),
+        lambda stax: stax.Rbf(0.6),
+    ],
+    ids=["Erf", "Gelu", "Sin", "Cos", "Rbf"],
+)
+def test_layers_of_neural_tangents(make):
+    """The same networks, finite and infinite."""
+    x1, x2 = np.random.default_rng(0).normal(size=(2, 5, 3))
+    ours, theirs = (
+        module.serial(module.Dense(7, 1.4, 0.2), make(module), module.Dense(2))
+        for module in (stax, nt.stax)
+    )
+    for x in (None, x2):
+        for found, expected in zip(
+            *(net[2](x1, x, ("nngp", "ntk")) for net in (ours, theirs)), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-14)
+    params = theirs[0](jax.random.key(0), x1.shape)[1]
+    np.testing.assert_allclose(ours[1](params, x1), theirs[1](params, x1), rtol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_parameter_of_a_nonlinearity_may_be_traced():
+    x = np.random.default_rng(0).normal(size=(4, 3))
+
+    def kernel(gamma):
+        return stax.serial(stax.Dense(1), stax.Rbf(gamma), stax.Dense(1))[2](x, None, "nngp")[0, 1]
+
+    slope = (kernel(0.6 + 1e-5) - kernel(0.6 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.grad(kernel)(0.6), slope, rtol=1e-8)
