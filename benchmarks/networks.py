@@ -1,0 +1,142 @@
+"""Explicit networks of `nt_deq.stax` beside the same ones of neural-tangents.
+
+NNGP and NTK of fully-connected networks, `n` inputs with 784 features, beside the bare x·xᵀ, and of
+convolutional ones on images of 16 × 16. Networks of one size run in turn in one process. The error
+is the largest one of both kernels relative to the largest entry, to neural-tangents' in float64.
+
+    python -m benchmarks.networks              # 2000 inputs, 8 images
+    python -m benchmarks.networks --small
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import nt_deq  # noqa: F401  # isort: split
+from nt_deq import nt, stax
+from benchmarks import _measure
+from benchmarks.kernel import inputs
+
+DEPTHS, IMAGE_LAYERS = (1, 10, 30), 5
+Kernel = Callable[[jax.Array], Any]
+
+
+def both(network: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`(NNGP, NTK)`."""
+    return tuple(network[2](x, None, ("nngp", "ntk")))
+
+
+def dense(module: Any, activation: str, depth: int, repeated: bool = False) -> Kernel:
+    """A fully-connected network of so many layers, in a compiled loop if repeated."""
+    layer = module.serial(module.Dense(1, 1.4, 0.1), getattr(module, activation)())
+    rest = [module.repeat(layer, depth - 1)] if repeated else [layer] * (depth - 1)
+    return partial(both, module.serial(layer, *rest, module.Dense(1)))
+
+
+def convolutional(module: Any, *tail: Any) -> Kernel:
+    """A convolutional ReLU network."""
+    layer = module.Conv(1, (3, 3), W_std=1.4, padding="SAME"), module.Relu()
+    return partial(both, module.serial(*layer * IMAGE_LAYERS, *tail, module.Dense(1)))
+
+
+def cases() -> dict[str, Kernel]:
+    """Networks of vectors, by name."""
+    found: dict[str, Kernel] = {
+        "x·xᵀ": lambda x: jnp.matmul(x, x.T, precision=lax.Precision.HIGHEST)
+    }
+    for activation, depths in (("Relu", DEPTHS), ("Erf", DEPTHS[:2]), ("Gelu", DEPTHS[:1])):
+        for depth in depths:
+            for name, module in (("neural-tangents", nt.stax), ("nt_deq", stax)):
+                found[f"{depth} {activation}, {name}"] = dense(module, activation, depth)
+    found[f"{DEPTHS[-1]} Relu repeated, nt_deq"] = dense(stax, "Relu", DEPTHS[-1], repeated=True)
+    return found
+
+
+def image_cases() -> dict[str, Kernel]:
+    """Networks of images, by name."""
+    found = {}
+    for name, module in (("neural-tangents", nt.stax), ("nt_deq", stax)):
+        found[f"CNN, pooled, {name}"] = convolutional(module, module.GlobalAvgPool())
+        found[f"CNN, flattened, {name}"] = convolutional(module, module.Flatten())
+    return found
+
+
+def measure(kind: str, programs: dict[str, Kernel], x: np.ndarray, dtype: Any) -> list[dict]:
+    """One row a network."""
+    jax.config.update("jax_enable_x64", True)
+    references = {
+        name: jax.jit(fn)(jnp.asarray(x)) for name, fn in programs.items() if "neural" in name
+    }
+    jax.config.update("jax_enable_x64", dtype == np.float64)
+    built = {name: _measure.build(fn, jnp.asarray(x, dtype)) for name, fn in programs.items()}
+    _measure.take_turns(built, budget=40)
+    rows = []
+    for name, program in built.items():
+        theirs = name.replace(" repeated", "").replace("nt_deq", "neural-tangents")
+        error = ratio = None
+        if theirs in references:
+            ratio = program.run / built[theirs].run
+            pairs = zip(program(), references[theirs], strict=True)
+            error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+        rows.append(
+            {
+                "kind": kind,
+                "n": len(x),
+                "dtype": np.dtype(dtype).name,
+                "case": name,
+                "compile_s": program.compile,
+                "run_s": program.run,
+                "bytes": program.bytes,
+                "to_neural_tangents": program.run / built[theirs].run
+                if error is not None
+                else None,
+                "error": error,
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints one size as a table; ratios are to the first row, and to neural-tangents."""
+    print(f"\n{rows[0]['kind']}, n = {rows[0]['n']}, {rows[0]['dtype']}, NNGP and NTK")
+    print(
+        f"{'':32} {'compile s':>9} {'MB':>6} {'run s':>8} {'/ first':>7} {'/ nt':>5} {'error':>8}"
+    )
+    for row in rows:
+        ratio = row["run_s"] / rows[0]["run_s"]
+        theirs = ""
+        if row["error"] is not None:
+            theirs = f"{row['to_neural_tangents']:5.2f} {row['error']:8.1e}"
+        print(
+            f"{row['case']:32} {row['compile_s']:9.2f} {row['bytes'] / 1e6:6.0f} "
+            f"{row['run_s']:8.4f} {ratio:7.2f} {theirs}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Measures, prints and writes JSON."""
+    n, images = (300, 4) if "--small" in sys.argv[1:] else (2000, 8)
+    pixels = np.random.default_rng(0).normal(size=(images, 16, 16, 3))
+    rows: list[dict[str, Any]] = []
+    for dtype in (np.float32, np.float64):
+        vectors = np.asarray(inputs(n, np.float32), np.float64)
+        for kind, programs, x in (
+            ("vectors", cases(), vectors), ("images", image_cases(), pixels),
+        ):  # fmt: skip
+            found = measure(kind, programs, x, dtype)
+            show(found)
+            rows += found
+    print(f"\n{_measure.write('networks', rows)}")
+
+
+if __name__ == "__main__":
+    main()
