@@ -485,7 +485,7 @@ def test_second_derivatives(x64):
 
     def likelihood(log_length, log_noise, y):
         def kernel_fn(x1, x2, get):
-            square = jnp.sum((x1[:, None] - x1) ** 2, -1)
+            square = jnp.sum((x1[:, None] - x1[None]) ** 2, -1)
             return jnp.exp(-square * jnp.exp(-2 * log_length))
 
         return gp.GaussianProcess(kernel_fn, x, y, jnp.exp(log_noise)).log_marginal_likelihood()
