@@ -56,7 +56,7 @@ def test_tinygp(x64, get):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("get", ["nngp", "ntk"])
-def test_gpjax(x64, get):
+def test_gpjax(x64, promotion, get):
     gpjax = pytest.importorskip("gpjax")
     from gpjax.parameters import PositiveReal, SigmoidBounded, val
 
