@@ -52,7 +52,7 @@ def by_grid() -> Callable[..., float]:
 
     @jax.jit
     def likelihood(p, x, y):
-        return gp.log_marginal_likelihood(make_kernel(p), x, y, p["noise"])
+        return gp.GaussianProcess(make_kernel(p), x, y, p["noise"]).log_marginal_likelihood()
 
     def search(x, y):
         points = (

@@ -95,9 +95,7 @@ def measure(kind: str, programs: dict[str, Kernel], x: np.ndarray, dtype: Any) -
                 "compile_s": program.compile,
                 "run_s": program.run,
                 "bytes": program.bytes,
-                "to_neural_tangents": program.run / built[theirs].run
-                if error is not None
-                else None,
+                "to_neural_tangents": ratio,
                 "error": error,
             }
         )

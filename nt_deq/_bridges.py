@@ -398,6 +398,11 @@ def enable_x64(enabled: bool) -> AbstractContextManager[None]:
     return context(enabled)
 
 
+def nothing_is_traced() -> bool:
+    """Whether no transformation of JAX is going on, so that every array has its numbers."""
+    return importlib.import_module("jax._src.core").trace_state_clean()
+
+
 def instantiate_cotangents() -> None:
     """Lets JAX before 0.7 transpose a linear solve on whose solution nothing depends."""
     import jax

@@ -50,14 +50,14 @@ def test_targets_that_are_no_numbers(y):
     with pytest.raises(TypeError, match=r"y is made of .*; pass real numbers"):
         KernelRegression(NETWORK[2]).fit(X, y)
     with pytest.raises(TypeError, match=r"y is made of .*; pass real numbers"):
-        gp.log_marginal_likelihood(NETWORK[2], X, y, 0.1)
+        gp.GaussianProcess(NETWORK[2], X, y, 0.1).log_marginal_likelihood()
 
 
 def test_a_network_in_the_place_of_its_kernel():
     with pytest.raises(TypeError, match=r"whole network .* network\[2\]"):
         KernelRegression(NETWORK)
     with pytest.raises(TypeError, match=r"whole network .* network\[2\]"):
-        gp.log_marginal_likelihood(NETWORK, X, np.arange(4.0), 0.1)
+        gp.GaussianProcess(NETWORK, X, np.arange(4.0), 0.1).log_marginal_likelihood()
     with pytest.raises(TypeError, match=r"kernel_fn='ntk' is not a function"):
         KernelRegression("ntk")
 
@@ -73,7 +73,7 @@ def test_what_is_no_layer(layer):
 @pytest.mark.parametrize("noise", [None, "a", 1j, -1.0, np.inf, np.ones(2)])
 def test_noise_that_is_no_variance(noise):
     with pytest.raises(ValueError, match=r"noise=.* must be a variance: one finite number"):
-        gp.log_marginal_likelihood(NETWORK[2], X, np.arange(4.0), noise)
+        gp.GaussianProcess(NETWORK[2], X, np.arange(4.0), noise).log_marginal_likelihood()
     with pytest.raises(ValueError, match=r"relative_noise=.* must be a variance"):
         KernelRegression(NETWORK[2], relative_noise=noise)
 

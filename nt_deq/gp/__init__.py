@@ -7,32 +7,27 @@ the NTK. Everything is exact, by one Cholesky factor of `K + noise`, after Rasmu
 2006, "Gaussian Processes for Machine Learning" (GPML), and differentiable: through the equilibrium
 of an infinitely deep network implicitly.
 
-All is computed in float64 where JAX's x64 mode is on, and in float32 where it is not. Nothing but
-`noise` is added to the diagonal: where `K + noise` is not positive definite to rounding you get an
-error that says so, or NaN inside `jax.jit`. What is enough is about `ε n` times the mean of the
-diagonal, with `ε` of 1e-7 in float32 and 2e-16 in float64.
+All is computed in float64 where JAX's x64 mode is on, and for up to 2000 inputs also where it is
+not, outside of JAX's transformations; otherwise in float32. Nothing but `noise` is added to the
+diagonal: where `K + noise` is not positive definite to rounding you get an error that says so, or
+NaN inside `jax.jit`. What is enough is about `ε n` times the mean of the diagonal, with `ε` of 1e-7
+in float32 and 2e-16 in float64.
 """
 
 from __future__ import annotations
 
+from nt_deq.gp.ensemble import TrainedEnsemble
 from nt_deq.gp.fitting import Fit, fit, largest_W_std
-from nt_deq.gp.process import (
-    Prediction,
-    leave_one_out,
-    leave_one_out_loss,
-    log_marginal_likelihood,
-    posterior,
-    variances,
-)
+from nt_deq.gp.matrices import variances
+from nt_deq.gp.process import GaussianProcess, JointPrediction, Prediction
 
 __all__ = [
     "Fit",
+    "GaussianProcess",
+    "JointPrediction",
     "Prediction",
+    "TrainedEnsemble",
     "fit",
     "largest_W_std",
-    "leave_one_out",
-    "leave_one_out_loss",
-    "log_marginal_likelihood",
-    "posterior",
     "variances",
 ]

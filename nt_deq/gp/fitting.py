@@ -17,7 +17,8 @@ from scipy import optimize
 from nt_deq import _checks
 from nt_deq.activations import Activation, get_activation
 from nt_deq.errors import ArgumentError
-from nt_deq.gp.process import data, leave_one_out_loss, log_marginal_likelihood
+from nt_deq.gp.matrices import data
+from nt_deq.gp.process import GaussianProcess
 from nt_deq.typing import Get, MakeKernel
 
 Loss = Literal["marginal_likelihood", "leave_one_out"]
@@ -168,7 +169,7 @@ def fit(
     best = ends[int(losses.argmin())]
     if not np.isfinite(best.fun):
         # Which says what is wrong:
-        _LOSSES[loss](make_kernel(dict(start)), x, y, start["noise"], get, weights)
+        _LOSSES[loss](GaussianProcess(make_kernel(dict(start)), x, y, start["noise"], get, weights))
         raise ArgumentError(f"loss or gradient is not finite at start={dict(start)}.")
     found = {name: float(v) for name, v in _parameters(intervals, jnp.asarray(best.x)).items()}
     return Fit(
@@ -180,9 +181,9 @@ def fit(
     )
 
 
-_LOSSES: dict[str, Callable[..., Array]] = {
-    "marginal_likelihood": lambda *args: -log_marginal_likelihood(*args),
-    "leave_one_out": leave_one_out_loss,
+_LOSSES: dict[str, Callable[[GaussianProcess], Array]] = {
+    "marginal_likelihood": lambda process: -process.log_marginal_likelihood(),
+    "leave_one_out": GaussianProcess.leave_one_out_loss,
 }
 
 _Interval = tuple[str, float, float]  # name, lower, upper
@@ -194,7 +195,7 @@ def _evaluate(make_kernel, intervals, get, loss, u, x, y, weights):
 
     def objective(u):
         p = _parameters(intervals, u)
-        return _LOSSES[loss](make_kernel(p), x, y, p["noise"], get, weights)
+        return _LOSSES[loss](GaussianProcess(make_kernel(p), x, y, p["noise"], get, weights))
 
     return jax.value_and_grad(objective)(u)
 

@@ -1,8 +1,8 @@
-"""Likelihood, leave-one-out and posterior of a Gaussian process, by one Cholesky factor."""
+"""A Gaussian process that keeps the Cholesky factor of its covariance."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,27 @@ import numpy as np
 from jax import Array
 from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.scipy.special import xlogy
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Float, Real
+from jax.typing import ArrayLike
+from jaxtyping import Float, Key, Real
 
 from nt_deq import _checks
-from nt_deq.errors import ArgumentError, NotPositiveDefiniteError
+from nt_deq._bridges import enable_x64
+from nt_deq.errors import ArgumentError
+from nt_deq.gp.matrices import (
+    check_definite,
+    compute,
+    data,
+    in_float64,
+    kernel_matrix,
+    log_normal,
+    observations,
+    rows,
+    same_inputs,
+    variance_rounding,
+    variances,
+)
+from nt_deq.gp.sampling import draw
 from nt_deq.typing import Get, KernelFn, Number
-
-T = TypeVar("T", Array, np.ndarray)
 
 
 class Prediction(NamedTuple):
@@ -32,267 +45,333 @@ class Prediction(NamedTuple):
     variance: Float[Array, " m"]
 
 
-def log_marginal_likelihood(
-    kernel_fn: KernelFn,
-    x: Real[ArrayLike, "n ..."],
-    y: Real[ArrayLike, "n ..."],
-    noise: Number,
-    get: Get = "nngp",
-    weights: Real[ArrayLike, " n"] | None = None,
-) -> Float[Array, ""]:
-    """Computes `log N(y | 0, K + noise)`, in nats, summed over outputs (GPML eq. 2.30).
+class JointPrediction(NamedTuple):
+    """A normal distribution of the values at several inputs.
 
-    With weights it is the likelihood of every `y_i` observed `weights_i` times:
-
-        log N(y | 0, K + noise/w) - Σᵢ [(wᵢ - 1) log(2π noise) + log wᵢ] / 2   for each output.
-
-    Args:
-      kernel_fn: any stax `kernel_fn(x1, x2, get)`, ours or not.
-      x: inputs, `(n, ...)`.
-      y: targets with mean zero, `(n,)` or `(n, C)`: the outputs are independent and share `K`.
-      noise: variance of the observation noise, `>= 0`; may be traced.
-      get: which kernel is the covariance, `'nngp'` or `'ntk'`.
-      weights: how many observations each target stands for, `(n,)`, real numbers `>= 0`; `None`
-        is one each. A target with weight 0 is not there.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      NotPositiveDefiniteError: `K + noise` is not, to rounding (inside `jax.jit`: NaN).
-      NoEquilibriumError, NotConvergedError: by `kernel_fn` (likewise).
-      ValueError: an argument cannot be right; the message says why.
+    Attributes:
+      mean: `(m,)` or `(m, C)`, like the targets.
+      covariance: `(m, m)`, of every output; outputs are independent of each other.
     """
-    _, y, covariance, counts = _problem(kernel_fn, x, y, noise, get, weights)
-    value = _log_normal(covariance, y)
-    if weights is not None:
-        there = counts > 0
-        more = jnp.sum(jnp.where(there, counts - 1, 0))
-        # A target that is not there has variance 1, and adds -log √(2π) for each output.
-        constant = xlogy(more, noise) + (more - jnp.sum(~there, dtype=more.dtype)) * jnp.log(
-            2 * jnp.pi
-        )
-        value -= y.shape[1] * constant / 2
-    _check_definite(value, covariance, noise, get)
-    return value
+
+    mean: Float[Array, "m ..."]
+    covariance: Float[Array, "m m"]
 
 
-def leave_one_out(
-    kernel_fn: KernelFn,
-    x: Real[ArrayLike, "n ..."],
-    y: Real[ArrayLike, "n ..."],
-    noise: Number,
-    get: Get = "nngp",
-    weights: Real[ArrayLike, " n"] | None = None,
-) -> Prediction:
-    """Predicts every `y_i` from all others, at the price of one fit (GPML eq. 5.12).
-
-    Arguments and errors are those of `log_marginal_likelihood`. Of a target with a weight above 1
-    one observation is left out, and the others of it stay.
-
-    Returns:
-      Mean and variance of `y_i`, noise included, given the other targets.
-    """
-    shape = np.shape(y)
-    _, y, factor, counts = _factorise(kernel_fn, x, y, noise, get, weights)
-    inverse = cho_solve((factor, True), jnp.eye(len(y), dtype=y.dtype))
-    weighted = jnp.matmul(inverse, y, precision="highest")
-    precision = jnp.diagonal(inverse)
-    if weights is None:
-        mean = y - weighted / precision[:, None]
-        return Prediction(mean.reshape(shape), 1 / precision)
-    counts = jnp.where(counts > 0, counts, 1)
-    root, left_out = jnp.sqrt(counts)[:, None], jnp.minimum(counts, 1)
-    stays = jnp.where(counts > 1, (counts - 1) / noise, 0)
-    scale = 1 / (left_out * (precision + stays))
-    mean = y / root - root * weighted * scale[:, None]
-    return Prediction(mean.reshape(shape), noise + (1 - noise * precision) * scale)
-
-
-def leave_one_out_loss(
-    kernel_fn: KernelFn,
-    x: Real[ArrayLike, "n ..."],
-    y: Real[ArrayLike, "n ..."],
-    noise: Number,
-    get: Get = "nngp",
-    weights: Real[ArrayLike, " n"] | None = None,
-) -> Float[Array, ""]:
-    """Computes `-Σᵢ wᵢ log p(y_i | x, y_{-i})`, in nats, over all outputs (GPML eq. 5.10, 5.11).
-
-    Against a wrong model it is the more robust criterion of the two (GPML sec. 5.4.2). Arguments
-    and errors are those of `log_marginal_likelihood`.
-    """
-    mean, variance = leave_one_out(kernel_fn, x, y, noise, get, weights)
-    error = (jnp.asarray(y, mean.dtype) - mean).reshape(len(variance), -1)
-    losses = (error**2 / variance[:, None] + jnp.log(2 * jnp.pi * variance)[:, None]) / 2
-    return jnp.sum(
-        losses if weights is None else jnp.asarray(weights, losses.dtype)[:, None] * losses
-    )
-
-
-def posterior(
-    kernel_fn: KernelFn,
-    x: Real[ArrayLike, "n ..."],
-    y: Real[ArrayLike, "n ..."],
-    noise: Number,
-    x_test: Real[ArrayLike, "m ..."],
-    get: Get = "nngp",
-    weights: Real[ArrayLike, " n"] | None = None,
-) -> Prediction:
-    """Predicts `f` at other inputs (GPML eq. 2.25, 2.26).
-
-    For many inputs there is `nt_deq.KernelRegression`, which does not hold `K` on a device. Errors
-    are those of `log_marginal_likelihood`.
-
-    Args:
-      kernel_fn: any stax `kernel_fn(x1, x2, get)`.
-      x: inputs, `(n, ...)`.
-      y: targets with mean zero, `(n,)` or `(n, C)`.
-      noise: variance of the observation noise, `>= 0`; may be traced.
-      x_test: other inputs, `(m, ...)`.
-      get: which kernel is the covariance, `'nngp'` or `'ntk'`.
-      weights: how many observations each target stands for, `(n,)`; `None` is one each.
-
-    Returns:
-      Mean and variance of `f`; add `noise` to the variance for that of a new observation. A
-      variance below its rounding is not known any better than that, and given as that: without
-      noise it is never 0, and in float32 about 1e-7 of the variance before at the least.
-    """
-    shape = np.shape(y)[1:]
-    x, y, factor, counts = _factorise(kernel_fn, x, y, noise, get, weights)
-    x_test = jnp.asarray(x_test, x.dtype)
-    if x_test.shape[1:] != x.shape[1:]:
-        raise ArgumentError(f"x_test has inputs of shape {x_test.shape[1:]}, and x {x.shape[1:]}.")
-    covariance = jnp.sqrt(counts)[:, None] * _matrix(kernel_fn, x, x_test, get)
-    whitened = solve_triangular(factor, covariance, lower=True)
-    mean = jnp.matmul(whitened.T, solve_triangular(factor, y, lower=True), precision="highest")
-    prior = variances(kernel_fn, x_test, get)
-    variance = prior - jnp.sum(whitened**2, axis=0)
-    weights = jax.lax.stop_gradient(solve_triangular(factor, whitened, lower=True, trans=1))
-    largest = jnp.max(jnp.sum(factor**2, axis=1))
-    rounding = variance_rounding(variance.dtype, prior, largest, jnp.sum(weights**2, axis=0))
-    return Prediction(mean.reshape(len(x_test), *shape), jnp.maximum(variance, rounding))
-
-
-def variance_rounding(dtype: DTypeLike, prior: T, largest: T | float, squares: T) -> T:
-    """What the rounding of a kernel in a dtype, as if by chance, leaves unknown of variances.
-
-    Args:
-      dtype: of the kernel.
-      prior: the kernel of every test input with itself, `(m,)`.
-      largest: the largest of those of the training inputs.
-      squares: sums of the squared weights of the targets, `(m,)`.
-    """
-    return float(jnp.finfo(dtype).eps) * (prior + largest * squares)
-
-
-def variances(
-    kernel_fn: KernelFn, x: Float[Array, "n ..."], get: Get = "nngp"
-) -> Float[Array, " n"]:
-    """Returns the kernel of every input `(n, ...)` with itself, `(n,)`, and no other entry."""
-    return jax.vmap(lambda x: kernel_fn(x[None], None, get)[0, 0])(x)
-
-
-def data(
-    x: Real[ArrayLike, "n ..."], y: Real[ArrayLike, "n ..."]
-) -> tuple[Float[Array, "n ..."], Float[Array, "n C"]]:
-    """`x (n, ...)` and `y (n, C)` in the dtype of everything."""
-    for name, numbers in (("x", x), ("y", y)):
-        _checks.real_numbers(name, numbers)
-    x, y = jnp.asarray(x, float), jnp.asarray(y, float)
-    _checks.examples("x", x)
-    _checks.targets("y", y, len(x))
-    return x, y.reshape(len(y), -1)
-
-
-def _matrix(kernel_fn: KernelFn, x1: Array, x2: Array | None, get: Get) -> Array:
-    _checks.kernel_function(kernel_fn)
-    with jax.default_matmul_precision("highest"):
-        kernel = kernel_fn(x1, x2, get)
-    shape = (len(x1), len(x1 if x2 is None else x2))
-    if kernel.shape != shape:
-        raise ArgumentError(
-            f"kernel_fn gives an array of shape {kernel.shape}, and a covariance has {shape}: end "
-            "the network in a readout, such as stax.Dense(1)."
-        )
-    return kernel
-
-
-def _problem(kernel_fn, x, y, noise, get, weights) -> tuple[Array, Array, Array, Array]:
-    """The data as if each target were one observation, their covariance, and the weights.
+class _State(NamedTuple):
+    """The data as if each target were one observation, and their covariance with its factor.
 
     `N(y | 0, K + noise/w)` is, but for a constant, `N(√w y | 0, √w K √w + noise)`. A target that is
     not there is one of 0, with variance 1, and independent of all others.
     """
-    _checks.kernel_name(get)
-    _checks.variance("noise", noise)
-    x, y = data(x, y)
-    weights = _weights(weights, noise, len(x), x.dtype)
-    root = jnp.sqrt(weights)
-    kernel = root[:, None] * root[None, :] * _matrix(kernel_fn, x, None, get)
-    covariance = kernel + jnp.diag(jnp.where(weights > 0, noise, 1))
-    return x, root[:, None] * y, covariance, weights
+
+    x: Array  # (n, ...)
+    y: Array  # (n, C), √w y
+    counts: Array  # (n,), w
+    noise: Array
+    covariance: Array  # (n, n)
+    factor: Array  # (n, n), lower
 
 
-def _weights(weights, noise, n, dtype) -> Array:
-    if weights is None:
-        return jnp.ones(n, dtype)
-    weights = jnp.asarray(weights, dtype)
-    if weights.shape != (n,):
-        raise ArgumentError(f"weights have shape {weights.shape}: {n} inputs need ({n},).")
-    if _checks.is_traced(weights, noise):
-        return weights
-    if not (jnp.isfinite(weights) & (weights >= 0)).all() or not weights.any():
-        raise ArgumentError("weights must be finite, at least 0, and not all 0.")
-    if noise == 0 and not ((weights == 0) | (weights == 1)).all():
-        raise ArgumentError("weights other than 0 and 1 need a noise above 0, which they divide.")
-    return weights
+class GaussianProcess:
+    """`y = f(x) + ε`, with `f ~ GP(0, K)` and `ε ~ N(0, noise)`, given the targets `y` at `x`.
+
+    The covariance is factorised once, here, and everything else uses the factor:
+
+        process = gp.GaussianProcess(kernel_fn, x, y, noise=0.1)
+        process.log_marginal_likelihood()
+        mean, variance = process.posterior(x_test)
+        functions = process.sample(jax.random.key(0), x_test, 10)
+        process = process.condition(x_more, y_more)
+
+    Make it inside of `jax.jit` and `jax.grad`, where hyper-parameters are traced; it is no pytree.
+    Up to 2000 inputs are computed in float64 outside of these also where JAX's x64 mode is off, and
+    the results are given in float32.
+
+    Attributes:
+      kernel_fn: the kernel.
+      get: which kernel is the covariance.
+    """
+
+    def __init__(
+        self,
+        kernel_fn: KernelFn,
+        x: Real[ArrayLike, "n ..."],
+        y: Real[ArrayLike, "n ..."],
+        noise: Number,
+        get: Get = "nngp",
+        weights: Real[ArrayLike, " n"] | None = None,
+    ):
+        """Computes the covariance and its Cholesky factor.
+
+        Args:
+          kernel_fn: any stax `kernel_fn(x1, x2, get)`, ours or not.
+          x: inputs, `(n, ...)`.
+          y: targets with mean zero, `(n,)` or `(n, C)`: outputs are independent and share `K`.
+          noise: variance of the observation noise, `>= 0`; may be traced.
+          get: which kernel is the covariance, `'nngp'` or `'ntk'`. The posterior mean with the NTK
+            is what gradient descent converges to; its covariance is not that of trained networks,
+            which is `gp.TrainedEnsemble`'s.
+          weights: how many observations each target stands for, `(n,)`, real numbers `>= 0`;
+            `None` is one each. A target with weight 0 is not there.
+
+        Raises:
+          NotPositiveDefiniteError: `K + noise` is not, to rounding (inside `jax.jit`: NaN).
+          NoEquilibriumError, NotConvergedError: by `kernel_fn` (likewise).
+          ValueError: an argument cannot be right; the message says why.
+        """
+        _checks.kernel_name(get)
+        _checks.variance("noise", noise)
+        self.kernel_fn = kernel_fn
+        self.get: Get = get
+        self._shape = np.shape(y)[1:]
+        self._weighted = weights is not None
+        self._double = in_float64(rows(x), x, y, noise, weights)
+
+        if self._double:
+            with enable_x64(True):
+                self._state = self._first_state(x, y, noise, weights)
+        else:
+            self._state = self._first_state(x, y, noise, weights)
+
+    def log_marginal_likelihood(self) -> Float[Array, ""]:
+        """Computes `log N(y | 0, K + noise)`, in nats, summed over outputs (GPML eq. 2.30).
+
+        With weights it is the likelihood of every `y_i` observed `weights_i` times:
+
+            log N(y | 0, K + noise/w) - Σᵢ [(wᵢ - 1) log(2π noise) + log wᵢ] / 2 for each output.
+        """
+        return compute(self._log_marginal_likelihood, self._state, self._double)
+
+    def leave_one_out(self) -> Prediction:
+        """Predicts every `y_i` from all others, at the price of one fit (GPML eq. 5.12).
+
+        Of a target with a weight above 1 one observation is left out, and the others of it stay.
+
+        Returns:
+          Mean and variance of `y_i`, noise included, given the other targets.
+        """
+        return compute(self._leave_one_out, self._state, self._double)
+
+    def leave_one_out_loss(self) -> Float[Array, ""]:
+        """Computes `-Σᵢ wᵢ log p(y_i | x, y_{-i})`, in nats, of all outputs (GPML eq. 5.10, 5.11).
+
+        Against a wrong model it is the more robust criterion of the two (GPML sec. 5.4.2).
+        """
+
+        def loss(state):
+            mean, variance = self._leave_one_out(state)
+            y = state.y / jnp.sqrt(_there(state.counts))[:, None]
+            error = y - mean.reshape(y.shape)
+            losses = (error**2 / variance[:, None] + jnp.log(2 * jnp.pi * variance)[:, None]) / 2
+            return jnp.sum(state.counts[:, None] * losses)
+
+        return compute(loss, self._state, self._double)
+
+    def posterior(self, x_test: Real[ArrayLike, "m ..."]) -> Prediction:
+        """Predicts `f` at other inputs (GPML eq. 2.25, 2.26).
+
+        For many inputs there is `nt_deq.KernelRegression`, which does not hold `K` on a device.
+
+        Args:
+          x_test: other inputs, `(m, ...)`.
+
+        Returns:
+          Mean and variance of `f`; add `noise` to the variance for that of a new observation. A
+          variance below its rounding is not known any better than that, and given as that: without
+          noise it is never 0.
+        """
+
+        def predict(state):
+            inputs = self._test(state, x_test)
+            mean, whitened = self._mean(state, inputs)
+            prior = variances(self.kernel_fn, inputs, self.get)
+            variance = prior - jnp.sum(whitened**2, axis=0)
+            return Prediction(mean, jnp.maximum(variance, _rounding(state, prior, whitened)))
+
+        return compute(predict, self._state, self._double)
+
+    def joint_posterior(self, x_test: Real[ArrayLike, "m ..."]) -> JointPrediction:
+        """Predicts `f` at other inputs, with the covariance between them (GPML eq. 2.24).
+
+        Args:
+          x_test: other inputs, `(m, ...)`.
+        """
+        return compute(lambda state: self._joint(state, x_test)[0], self._state, self._double)
+
+    def sample(
+        self, key: Key[Array, ""], x_test: Real[ArrayLike, "m ..."], n: int
+    ) -> Float[Array, "samples m ..."]:
+        """Draws functions from the posterior.
+
+        What rounding leaves unknown of a variance is drawn too, so that inputs may be there twice.
+
+        Args:
+          key: of `jax.random`.
+          x_test: inputs that the functions are evaluated at, `(m, ...)`.
+          n: how many functions, at least 1.
+
+        Returns:
+          Values of `f`, `(n, m)` or `(n, m, C)`, without the noise of observations.
+
+        Raises:
+          NotPositiveDefiniteError: the covariance at `x_test` is not, by more than rounding.
+        """
+        _checks.count("n", n)
+
+        def samples(state):
+            (mean, covariance), rounding = self._joint(state, x_test)
+            return mean[None] + draw(key, covariance, rounding, (n, *mean.shape))
+
+        return compute(samples, self._state, self._double)
+
+    def sample_prior(
+        self, key: Key[Array, ""], x_test: Real[ArrayLike, "m ..."], n: int
+    ) -> Float[Array, "samples m ..."]:
+        """Draws functions from the prior, as `sample` does from the posterior."""
+        _checks.count("n", n)
+
+        def samples(state):
+            covariance = kernel_matrix(self.kernel_fn, self._test(state, x_test), None, self.get)
+            rounding = jnp.finfo(covariance.dtype).eps * jnp.diagonal(covariance)
+            return draw(key, covariance, rounding, (n, len(covariance), *self._shape))
+
+        return compute(samples, self._state, self._double)
+
+    def condition(
+        self,
+        x: Real[ArrayLike, "k ..."],
+        y: Real[ArrayLike, "k ..."],
+        weights: Real[ArrayLike, " k"] | None = None,
+    ) -> GaussianProcess:
+        """Returns the process given further targets too, at the price of `n²k`.
+
+        The factor gets `k` rows more; those that there are stay.
+
+        Args:
+          x: further inputs, `(k, ...)`.
+          y: targets of them, `(k,)` or `(k, C)` like the first.
+          weights: how many observations each stands for, `(k,)`; `None` is one each.
+
+        Raises:
+          The errors of `GaussianProcess`.
+        """
+        if np.shape(y)[1:] != self._shape:
+            raise ArgumentError(
+                f"y has shape {np.shape(y)}: the process has targets (n, *{self._shape})."
+            )
+        further = object.__new__(GaussianProcess)
+        further.kernel_fn, further.get, further._shape = self.kernel_fn, self.get, self._shape
+        further._weighted = self._weighted or weights is not None
+        n = rows(self._state.x) + rows(x)
+        further._double = self._double and in_float64(n, x, y, weights)
+        state = self._state
+
+        def grow(state):
+            return self._grown(state, x, y, weights)
+
+        if further._double:
+            with enable_x64(True):
+                further._state = grow(state)
+        else:
+            further._state = compute(grow, state, self._double)
+        return further
+
+    def _first_state(self, x, y, noise, weights) -> _State:
+        x, y, counts, covariance = self._problem(x, y, noise, weights)
+        factor = jnp.linalg.cholesky(covariance)
+        check_definite(factor, covariance, noise, self.get)
+        return _State(x, y, counts, jnp.asarray(noise, x.dtype), covariance, factor)
+
+    def _problem(self, x, y, noise, weights):
+        x, y = data(x, y)
+        counts = observations(weights, noise, len(x), x.dtype)
+        root = jnp.sqrt(counts)
+        kernel = kernel_matrix(self.kernel_fn, x, None, self.get)
+        covariance = root[:, None] * root[None, :] * kernel
+        covariance += jnp.diag(jnp.where(counts > 0, jnp.asarray(noise, x.dtype), 1))
+        return x, root[:, None] * y, counts, covariance
+
+    def _grown(self, state: _State, x, y, weights) -> _State:
+        """The factor of a matrix with a block more: `[[L, 0], [Bᵀ, chol(C - BᵀB)]]`."""
+        x, y, counts, corner = self._problem(x, y, state.noise, weights)
+        same_inputs("x", x, state.x)
+        side = jnp.sqrt(state.counts)[:, None] * jnp.sqrt(counts)[None, :]
+        side *= kernel_matrix(self.kernel_fn, state.x, x, self.get)
+        whitened = solve_triangular(state.factor, side, lower=True)
+        left = corner - jnp.matmul(whitened.T, whitened, precision="highest")
+        new = jnp.linalg.cholesky(left)
+        covariance = jnp.block([[state.covariance, side], [side.T, corner]])
+        check_definite(new, covariance, state.noise, self.get)
+        factor = jnp.block([[state.factor, jnp.zeros_like(side)], [whitened.T, new]])
+        return _State(
+            x=jnp.concatenate([state.x, x]),
+            y=jnp.concatenate([state.y, y]),
+            counts=jnp.concatenate([state.counts, counts]),
+            noise=state.noise,
+            covariance=covariance,
+            factor=factor,
+        )
+
+    def _log_marginal_likelihood(self, state: _State) -> Array:
+        value = log_normal(state.covariance, state.factor, state.y)
+        if self._weighted:
+            there = state.counts > 0
+            more = jnp.sum(jnp.where(there, state.counts - 1, 0))
+            # A target that is not there has variance 1, and adds -log √(2π) for each output.
+            absent = jnp.sum(~there, dtype=more.dtype)
+            constant = xlogy(more, state.noise) + (more - absent) * jnp.log(2 * jnp.pi)
+            value -= state.y.shape[1] * constant / 2
+        return value
+
+    def _leave_one_out(self, state: _State) -> Prediction:
+        y, noise = state.y, state.noise
+        inverse = cho_solve((state.factor, True), jnp.eye(len(y), dtype=y.dtype))
+        weighted = jnp.matmul(inverse, y, precision="highest")
+        precision = jnp.diagonal(inverse)
+        if not self._weighted:
+            mean = y - weighted / precision[:, None]
+            return Prediction(mean.reshape(-1, *self._shape), 1 / precision)
+        counts = _there(state.counts)
+        root, left_out = jnp.sqrt(counts)[:, None], jnp.minimum(counts, 1)
+        stays = jnp.where(counts > 1, (counts - 1) / noise, 0)
+        scale = 1 / (left_out * (precision + stays))
+        mean = y / root - root * weighted * scale[:, None]
+        return Prediction(mean.reshape(-1, *self._shape), noise + (1 - noise * precision) * scale)
+
+    def _test(self, state: _State, x_test) -> Array:
+        _checks.real_numbers("x_test", x_test)
+        inputs = jnp.asarray(x_test, state.x.dtype)
+        same_inputs("x_test", inputs, state.x)
+        return inputs
+
+    def _mean(self, state: _State, inputs: Array) -> tuple[Array, Array]:
+        """The posterior mean, and `L⁻¹ K(x, inputs)`."""
+        cross = kernel_matrix(self.kernel_fn, state.x, inputs, self.get)
+        whitened = solve_triangular(
+            state.factor, jnp.sqrt(state.counts)[:, None] * cross, lower=True
+        )
+        targets = solve_triangular(state.factor, state.y, lower=True)
+        mean = jnp.matmul(whitened.T, targets, precision="highest")
+        return mean.reshape(len(inputs), *self._shape), whitened
+
+    def _joint(self, state: _State, x_test) -> tuple[JointPrediction, Array]:
+        """The posterior, and what rounding leaves unknown of its variances."""
+        inputs = self._test(state, x_test)
+        mean, whitened = self._mean(state, inputs)
+        prior = kernel_matrix(self.kernel_fn, inputs, None, self.get)
+        covariance = prior - jnp.matmul(whitened.T, whitened, precision="highest")
+        rounding = _rounding(state, jnp.diagonal(prior), whitened)
+        return JointPrediction(mean, covariance), rounding
 
 
-def _factorise(kernel_fn, x, y, noise, get, weights) -> tuple[Array, Array, Array, Array]:
-    """Like `_problem`, with the Cholesky factor of the covariance in the place of it."""
-    x, y, covariance, weights = _problem(kernel_fn, x, y, noise, get, weights)
-    factor = jnp.linalg.cholesky(covariance)
-    _check_definite(factor, covariance, noise, get)
-    return x, y, factor, weights
+def _there(counts: Array) -> Array:
+    """Weights, with 1 for those of targets that are not there."""
+    return jnp.where(counts > 0, counts, 1)
 
 
-def _check_definite(found, covariance, noise, get) -> None:
-    """Raises where what was computed by a Cholesky factor is not finite (and not traced)."""
-    if _checks.is_traced(found) or jnp.isfinite(found).all():
-        return
-    if not jnp.isfinite(covariance).all():
-        raise ArgumentError(f"kernel_fn(x, None, {get!r}) is NaN or infinite: look at it there.")
-    unit = float(jnp.finfo(covariance.dtype).eps) * float(jnp.trace(covariance))
-    remedies = [f"take a noise of more than about {unit:.1g}", "drop inputs that are there twice"]
-    if covariance.dtype == jnp.float32:
-        remedies.append("compute in float64: jax.config.update('jax_enable_x64', True)")
-    raise NotPositiveDefiniteError(
-        f"K + noise is not positive definite to rounding in {covariance.dtype} with "
-        f"noise={noise}; {', '.join(remedies[:-1])}, or {remedies[-1]}."
-    )
-
-
-@jax.custom_jvp
-def _log_normal(covariance: Array, y: Array) -> Array:
-    """`Σ_c log N(y_c | 0, covariance)`."""
-    return _log_normal_of(jnp.linalg.cholesky(covariance), y)
-
-
-def _log_normal_of(factor, y):
-    whitened = solve_triangular(factor, y, lower=True)
-    log_determinant = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
-    n, outputs = y.shape
-    return -(jnp.sum(whitened**2) + outputs * (log_determinant + n * jnp.log(2 * jnp.pi))) / 2
-
-
-@_log_normal.defjvp
-def _log_normal_jvp(primals, tangents):
-    """In closed form (GPML eq. 5.9), at a third of the price of going through the factor."""
-    covariance, y = primals
-    factor = jnp.linalg.cholesky(covariance)
-    weights = cho_solve((factor, True), y)
-    inverse = cho_solve((factor, True), jnp.eye(len(y), dtype=y.dtype))
-    outer = jnp.matmul(weights, weights.T, precision="highest")
-    of_covariance = jnp.sum((outer - y.shape[1] * inverse) * tangents[0]) / 2
-    return _log_normal_of(factor, y), of_covariance - jnp.sum(weights * tangents[1])
+def _rounding(state: _State, prior: Array, whitened: Array) -> Array:
+    """What the rounding of the kernel leaves unknown of posterior variances, `(m,)`."""
+    weights = solve_triangular(state.factor, whitened, lower=True, trans=1)
+    squares = jax.lax.stop_gradient(jnp.sum(weights**2, axis=0))
+    largest = jnp.max(jnp.sum(state.factor**2, axis=1))
+    return variance_rounding(prior.dtype, prior, largest, squares)

@@ -17,7 +17,7 @@ from nt_deq import _checks
 from nt_deq._batches import by_batches
 from nt_deq._progress import QUIET
 from nt_deq.errors import ArgumentError
-from nt_deq.gp.process import variance_rounding
+from nt_deq.gp.matrices import variance_rounding
 from nt_deq.regression.cg import ConjugateGradients
 from nt_deq.regression.cholesky import Cholesky
 from nt_deq.regression.layout import Layout, lost_process

@@ -45,7 +45,7 @@ class DEQClassifier(ClassifierMixin, DEQProcess):
             0: `noise` is divided by them. `None` is one each.
 
         Raises:
-          ValueError, RuntimeError: those of `nt_deq.gp.log_marginal_likelihood`.
+          ValueError, RuntimeError: those of `nt_deq.gp.GaussianProcess`.
         """
         inputs, targets = validate_data(self, X, y, dtype=FLOATS)
         check_classification_targets(targets)

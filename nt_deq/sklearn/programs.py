@@ -83,20 +83,20 @@ def make_kernel(activation: Activation, fixed: tuple[tuple[str, float], ...] = (
 
 @partial(jax.jit, static_argnums=(0, 1))
 def likelihood(make, get, p, problem):
-    """`gp.log_marginal_likelihood` of a problem."""
+    """The log marginal likelihood of a problem."""
     x, y, weights = problem
-    return gp.log_marginal_likelihood(make(p), x, y, p["noise"], get, weights)
+    return gp.GaussianProcess(make(p), x, y, p["noise"], get, weights).log_marginal_likelihood()
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def leave_one_out(make, get, p, problem):
-    """`gp.leave_one_out` of a problem."""
+    """Leave-one-out predictions of a problem."""
     x, y, weights = problem
-    return gp.leave_one_out(make(p), x, y, p["noise"], get, weights)
+    return gp.GaussianProcess(make(p), x, y, p["noise"], get, weights).leave_one_out()
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def posterior(make, get, p, problem, x_test):
-    """`gp.posterior` at padded inputs."""
+    """The posterior at padded inputs."""
     x, y, weights = problem
-    return gp.posterior(make(p), x, y, p["noise"], x_test, get, weights)
+    return gp.GaussianProcess(make(p), x, y, p["noise"], get, weights).posterior(x_test)

@@ -70,7 +70,7 @@ class DEQRegressor(RegressorMixin, DEQProcess):
             0: `noise` is divided by them. `None` is one each.
 
         Raises:
-          ValueError, RuntimeError: those of `nt_deq.gp.log_marginal_likelihood`.
+          ValueError, RuntimeError: those of `nt_deq.gp.GaussianProcess`.
         """
         inputs, targets = validate_data(self, X, y, dtype=FLOATS, multi_output=True, y_numeric=True)
         X, y, weights = observed(inputs, np.asarray(targets, np.float64), sample_weight)

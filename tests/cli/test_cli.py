@@ -105,7 +105,7 @@ def test_predict(files, x64):
     words = ["predict", "x.npy", "y.npy", "x2.npy", "--out", "mean.npy", "--std", "std.npy"]
     assert main([*words, *flags]) == 0
     ridge = 0.01 * np.diag(network(W_std=0.7)(x, None, "nngp")).mean()
-    wanted = nt_deq.gp.posterior(network(W_std=0.7), x, y, ridge, x2)
+    wanted = nt_deq.gp.GaussianProcess(network(W_std=0.7), x, y, ridge).posterior(x2)
     np.testing.assert_allclose(np.load("mean.npy"), wanted.mean, rtol=1e-9)
     np.testing.assert_allclose(np.load("std.npy"), np.sqrt(wanted.variance), rtol=1e-7)
 
@@ -128,7 +128,9 @@ def test_predict_labels(files, capsys):
 
     x, sign = np.float32(files["x"]), np.where(files["y"] > 0, -0.5, 0.5)  # of "low"
     ridge = 0.01 * np.diag(network(W_std=0.8)(x, None, "nngp")).mean()
-    left_out = nt_deq.gp.leave_one_out(network(W_std=0.8), x, sign, ridge, "nngp").mean
+    left_out = (
+        nt_deq.gp.GaussianProcess(network(W_std=0.8), x, sign, ridge, "nngp").leave_one_out().mean
+    )
     right = ((left_out > 0) == (sign > 0)).sum()
     assert f"leave-one-out: {right / 14:.2%} right, {right} of 14" in out
 

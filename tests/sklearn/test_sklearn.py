@@ -78,8 +78,8 @@ def test_a_regressor_is_the_process_on_scaled_data(get, outputs):
     with enable_x64(True):
         args = (kernel_fn(STDS), (x - x.mean(0)) / x.std(0), (y - centre) / scale, 0.2)
         scaled = (x_test - x.mean(0)) / x.std(0)
-        expected, variance = map(np.asarray, gp.posterior(*args, scaled, get))
-        likelihood = gp.log_marginal_likelihood(*args, get)
+        expected, variance = map(np.asarray, gp.GaussianProcess(*args, get).posterior(scaled))
+        likelihood = gp.GaussianProcess(*args, get).log_marginal_likelihood()
     np.testing.assert_allclose(mean, centre + scale * expected, rtol=1e-10)
     np.testing.assert_allclose(std, np.multiply.outer(np.sqrt(variance), scale), rtol=1e-8)
     np.testing.assert_allclose(noisy, np.multiply.outer(np.sqrt(variance + 0.2), scale), rtol=1e-8)
@@ -94,8 +94,10 @@ def test_what_is_padded_does_not_show(x64):
     assert [a.shape for a in problem] == [(64, 8), (64, 2), (64,)]
     k = kernel_fn(STDS)
     np.testing.assert_allclose(k(problem.x[:40], None, "ntk"), k(x, None, "ntk"), rtol=1e-12)
-    likelihood = gp.log_marginal_likelihood(k, x, y, 0.2, weights=weights)
-    padded = gp.log_marginal_likelihood(k, problem.x, problem.y, 0.2, weights=problem.weights)
+    likelihood = gp.GaussianProcess(k, x, y, 0.2, weights=weights).log_marginal_likelihood()
+    padded = gp.GaussianProcess(
+        k, problem.x, problem.y, 0.2, weights=problem.weights
+    ).log_marginal_likelihood()
     np.testing.assert_allclose(padded, likelihood, rtol=1e-12)
 
 
