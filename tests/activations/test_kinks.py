@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from nt_deq import deq_kernel
+from nt_deq import deq_kernel, enable_x64
 from nt_deq.activations import get_activation, kinks
 from nt_deq.activations.activation import Formula
 
@@ -160,6 +160,14 @@ def test_functions_are_known_by_their_values():
     assert get_activation(lambda z: jnp.clip(z, -1, 1)) == get_activation(jax.nn.hard_tanh)
     shifted = known(lambda z: jnp.maximum(z - 1, 0))
     assert shifted == kinks.Kinks((1.0,), (0.0, 1.0), 0.0)
+    for width in (1e-3, 1e-5, 1e-9):  # a corner cut off or rounded is no kink
+        cut = [
+            lambda z, w=width: jnp.maximum(z - 1, 0) + jnp.maximum(z - 1 - w, 0),
+            lambda z, w=width: w * jax.nn.softplus((z - 1) / w),
+        ]
+        for fn in cut:
+            with enable_x64(True):
+                assert kinks.recognise(fn) is None
     jumps = [lambda z: jnp.maximum(z, 0) + (z > 1), lambda z: jnp.floor(jnp.clip(z, -2, 2))]
     for fn in jumps:
         with pytest.raises(ValueError, match=r"its Hermite series does not converge|it jumps"):
