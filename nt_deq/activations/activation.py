@@ -6,8 +6,8 @@ For `(u, u') ~ N(0, [[k1, c], [c, k2]])` the infinite-width kernels need the *du
     V = E[φ(u) φ(u')],     V̇ = E[φ'(u) φ'(u')] = ∂V/∂c   (Price's theorem).
 
 Closed forms are in `nt_deq.activations.closed_forms`, and mixtures of them, as tanh, in
-`nt_deq.activations.mixtures`; a function without is expanded in Hermite polynomials
-(`nt_deq.activations.hermite`).
+`nt_deq.activations.mixtures`, those of functions with kinks in `nt_deq.activations.kinks`; any
+other function is expanded in Hermite polynomials (`nt_deq.activations.hermite`).
 
 A function is known by its values: `jax.nn.relu` and `lambda z: jnp.maximum(z, 0)` are `"relu"`. But
 `jax.nn.gelu` is not `"gelu"`: by default it is an approximation by tanh, off by up to 5e-4, whose
@@ -34,7 +34,7 @@ from jax.scipy.special import erf
 
 from nt_deq._bridges import enable_x64
 from nt_deq._checks import is_traced
-from nt_deq.activations import closed_forms, hermite, mixtures
+from nt_deq.activations import closed_forms, hermite, kinks, mixtures
 from nt_deq.activations.closed_forms import Moments
 from nt_deq.errors import ArgumentError
 
@@ -77,6 +77,8 @@ class Activation:
                 return _from_module, (module, self.name)
         if isinstance(self.dual, Formula) and self.dual.function is hermite.dual:
             return get_activation, (self.fn,)
+        if isinstance(self.dual, Formula) and self.dual.function is kinks.dual:
+            return _kinked, (self.name, *self.dual.parameters)
         return Activation, tuple(getattr(self, each.name) for each in fields(self))
 
 
@@ -152,6 +154,16 @@ def _mixture(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activ
     return Activation(name, fn, dual, Formula(mixtures.dual_diagonal, (components,)), lipschitz)
 
 
+def _kinked(name: str, of: kinks.Kinks) -> Activation:
+    return Activation(
+        name,
+        Formula(kinks.evaluate, (of,)),
+        Formula(kinks.dual, (of,)),
+        Formula(kinks.dual_diagonal, (of,)),
+        lipschitz=max(map(abs, of.slopes)),
+    )
+
+
 def _closed_form(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activation:
     dual, diagonal = (getattr(closed_forms, f"{name}_{kind}") for kind in ("dual", "dual_diagonal"))
     return Activation(name, fn, dual, diagonal, lipschitz)
@@ -182,10 +194,12 @@ def get_activation(activation: Phi) -> Activation:
     """Returns the `Activation` that a name, an `Activation` or a function stands for.
 
     An elementwise JAX function that has the values of one of `nt_deq.activations`, as `jax.nn.relu`
-    has, is that one; one with a kink at 0 and linear on both sides is `piecewise_linear`. Any other
-    is expanded in Hermite polynomials (`nt_deq.activations.hermite`). The same function object
-    gives the same `Activation`, and so do two that are equal, as instances of a frozen dataclass
-    with a `__call__` are.
+    has, is that one; one with a kink at 0 and linear on both sides is `piecewise_linear`. One that
+    is continuous and linear between up to 8 kinks, as `jax.nn.relu6`, `hard_tanh`, `hard_sigmoid`
+    and a `jnp.clip` are, has its exact expectations too (`nt_deq.activations.kinks`). Any other is
+    expanded in Hermite polynomials (`nt_deq.activations.hermite`). The same function object gives
+    the same `Activation`, and so do two that are equal, as instances of a frozen dataclass with a
+    `__call__` are.
 
     A function that is made anew, such as a `lambda` in a loop, is another one every time: a kernel
     of it takes 2 seconds to examine and compile, and 20 to 30 MB for its programs, which JAX keeps
@@ -240,10 +254,10 @@ def _from_function(fn: Callable[[Array], Array]) -> Activation:
 
 def _examine(name: str, fn: Callable[[Array], Array]) -> Activation:
     hermite.check_elementwise(name, fn)
-    return _recognise(fn) or smooth(name, fn, hermite.check(name, fn))
+    return _recognise(name, fn) or smooth(name, fn, hermite.check(name, fn))
 
 
-def _recognise(fn: Callable[[Array], Array]) -> Activation | None:
+def _recognise(name: str, fn: Callable[[Array], Array]) -> Activation | None:
     """The closed form that an elementwise function has, by its values and slopes on [-1e6, 1e6]."""
 
     def sample(fn, z):
@@ -260,7 +274,9 @@ def _recognise(fn: Callable[[Array], Array]) -> Activation | None:
     lines = np.array([x, np.ones_like(x)]) * np.where(x > 0, positive, negative)
     if lines.any() and np.allclose(values, lines, rtol=1e-14, atol=0):
         return piecewise_linear(f"piecewise_linear({negative:g}, {positive:g})", negative, positive)
-    return None
+    with enable_x64(True):
+        found = kinks.recognise(fn)
+    return None if found is None else _kinked(name, found)
 
 
 def _from_module(module: str, name: str) -> Activation:
