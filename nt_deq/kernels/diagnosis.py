@@ -142,6 +142,7 @@ def raise_unless_cell_solved(
         if not solved.all():
             large = np.asarray(large_rates()[i])
             unstable |= ~solved & (gone | ~(rate < 1)) & (large >= 1)
+            rate = np.where(gone & np.isnan(rate), large, rate)
             unknown = gone & np.isnan(large)
             if unknown.any():
                 raise NotConvergedError(
