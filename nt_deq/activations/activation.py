@@ -265,6 +265,8 @@ def _recognise(name: str, fn: Callable[[Array], Array]) -> Activation | None:
 
     with enable_x64(True):
         z = jnp.sinh(jnp.linspace(-14.5, 14.5, 400))  # without 0, where there may be a kink
+        near = 10.0 ** jnp.linspace(-14, 0, 57)  # or a corner that is rounded
+        z = jnp.sort(jnp.concatenate([z, near, -near]))
         x, values = np.asarray(z), sample(fn, z)
         for known in ACTIVATIONS.values():
             bound = 1e-14 * np.abs(values) if known.homogeneous else 1e-12 * (1 + np.abs(x))

@@ -412,3 +412,9 @@ def test_functions_made_anew_are_not_kept_for_ever():
     jax.clear_caches()
     gc.collect()
     assert sum(ref() is not None for ref in made) <= 64
+
+
+def test_a_corner_that_is_rounded_is_no_kink():
+    """Its kernel is another one where variances are as small as the corner."""
+    with pytest.raises(ValueError, match="does not converge"):
+        get_activation(lambda z: 1e-5 * jax.nn.softplus(z / 1e-5))
