@@ -69,12 +69,16 @@ def image_cases() -> dict[str, Kernel]:
     return found
 
 
-def measure(kind: str, programs: dict[str, Kernel], x: np.ndarray, dtype: Any) -> list[dict]:
-    """One row a network."""
+def exact(programs: dict[str, Kernel], x: np.ndarray) -> dict[str, Any]:
+    """The kernels of neural-tangents in float64."""
     jax.config.update("jax_enable_x64", True)
-    references = {
-        name: jax.jit(fn)(jnp.asarray(x)) for name, fn in programs.items() if "neural" in name
-    }
+    return {name: jax.jit(fn)(jnp.asarray(x)) for name, fn in programs.items() if "neural" in name}
+
+
+def measure(
+    kind: str, programs: dict[str, Kernel], references: dict[str, Any], x: np.ndarray, dtype: Any
+) -> list[dict[str, Any]]:
+    """One row a network."""
     jax.config.update("jax_enable_x64", dtype == np.float64)
     built = {name: _measure.build(fn, jnp.asarray(x, dtype)) for name, fn in programs.items()}
     _measure.take_turns(built, budget=40)
@@ -125,12 +129,11 @@ def main() -> None:
     n, images = (300, 4) if "--small" in sys.argv[1:] else (2000, 8)
     pixels = np.random.default_rng(0).normal(size=(images, 16, 16, 3))
     rows: list[dict[str, Any]] = []
-    for dtype in (np.float32, np.float64):
-        vectors = np.asarray(inputs(n, np.float32), np.float64)
-        for kind, programs, x in (
-            ("vectors", cases(), vectors), ("images", image_cases(), pixels),
-        ):  # fmt: skip
-            found = measure(kind, programs, x, dtype)
+    vectors = np.asarray(inputs(n, np.float32), np.float64)
+    for kind, programs, x in (("vectors", cases(), vectors), ("images", image_cases(), pixels)):
+        references = exact(programs, x)
+        for dtype in (np.float32, np.float64):
+            found = measure(kind, programs, references, x, dtype)
             show(found)
             rows += found
     print(f"\n{_measure.write('networks', rows)}")

@@ -26,8 +26,10 @@ def float64(enabled=True):
     """The mode of JAX's dtypes, and afterwards what it was."""
     before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", enabled)
-    yield
-    jax.config.update("jax_enable_x64", before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture

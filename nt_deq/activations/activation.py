@@ -110,36 +110,32 @@ def piecewise_linear(name: str, negative: float, positive: float) -> Activation:
             "it: pass numbers, and those that vary as static arguments."
         )
     slopes = float(negative), float(positive)
-    return Activation(
-        name,
-        Formula(closed_forms.piecewise_linear, slopes),
-        Formula(closed_forms.piecewise_linear_dual, slopes),
-        Formula(closed_forms.piecewise_linear_dual_diagonal, slopes),
-        lipschitz=max(map(abs, slopes)),
-        homogeneous=True,
-    )
+    return _family("piecewise_linear", name, slopes, max(map(abs, slopes)), homogeneous=True)
 
 
 def affine_erf(name: str, a: float, b: float, c: float) -> Activation:
     """`φ(z) = a erf(b z) + c`."""
-    return _family("affine_erf", name, (a, b, c), 2 / math.sqrt(math.pi))
+    return _family("affine_erf", name, (a, b, c), abs(a * b) * 2 / math.sqrt(math.pi))
 
 
 def sinusoid(name: str, a: float, b: float, c: float) -> Activation:
     """`φ(z) = a sin(b z + c)`."""
-    return _family("sinusoid", name, (a, b, c), 1.0)
+    return _family("sinusoid", name, (a, b, c), abs(a * b))
 
 
 def _family(
-    formula: str, name: str, parameters: tuple[float, float, float], steepest: float
+    formula: str,
+    name: str,
+    parameters: tuple[float, ...],
+    lipschitz: float,
+    homogeneous: bool = False,
 ) -> Activation:
-    """One of a family of closed forms, `a ψ(b z + ...)`, and the largest slope of `ψ`."""
-    a, b, _ = parameters
+    """One of a family of `nt_deq.activations.closed_forms`."""
     kinds = ("", "_dual", "_dual_diagonal")
     fn, dual, diagonal = (
         Formula(getattr(closed_forms, formula + kind), parameters) for kind in kinds
     )
-    return Activation(name, fn, dual, diagonal, lipschitz=abs(a * b) * steepest)
+    return Activation(name, fn, dual, diagonal, lipschitz, homogeneous)
 
 
 def smooth(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activation:
@@ -259,24 +255,20 @@ def _examine(name: str, fn: Callable[[Array], Array]) -> Activation:
 
 def _recognise(name: str, fn: Callable[[Array], Array]) -> Activation | None:
     """The closed form that an elementwise function has, by its values and slopes on [-1e6, 1e6]."""
-
-    def sample(fn, z):
-        return np.stack(jax.jvp(fn, (z,), (jnp.ones_like(z),)))
-
     with enable_x64(True):
         z = jnp.sinh(jnp.linspace(-14.5, 14.5, 400))  # without 0, where there may be a kink
         near = 10.0 ** jnp.linspace(-14, 0, 57)  # or a corner that is rounded
         z = jnp.sort(jnp.concatenate([z, near, -near]))
-        x, values = np.asarray(z), sample(fn, z)
+        x, values = np.asarray(z), kinks.sample(fn, z)
         for known in ACTIVATIONS.values():
             bound = 1e-14 * np.abs(values) if known.homogeneous else 1e-12 * (1 + np.abs(x))
-            if (np.abs(values - sample(known.fn, z)) <= bound).all():
+            if (np.abs(values - kinks.sample(known.fn, z)) <= bound).all():
                 return known
-    negative, positive = (float(slope) for slope in values[1, [0, -1]])
-    lines = np.array([x, np.ones_like(x)]) * np.where(x > 0, positive, negative)
-    if lines.any() and np.allclose(values, lines, rtol=1e-14, atol=0):
-        return piecewise_linear(f"piecewise_linear({negative:g}, {positive:g})", negative, positive)
-    with enable_x64(True):
+        negative, positive = (float(slope) for slope in values[1, [0, -1]])
+        lines = np.array([x, np.ones_like(x)]) * np.where(x > 0, positive, negative)
+        if lines.any() and np.allclose(values, lines, rtol=1e-14, atol=0):
+            name = f"piecewise_linear({negative:g}, {positive:g})"
+            return piecewise_linear(name, negative, positive)
         found = kinks.recognise(fn)
     return None if found is None else _kinked(name, found)
 

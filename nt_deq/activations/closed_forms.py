@@ -18,6 +18,7 @@ from jax import lax
 from jax.scipy.special import erf
 
 from nt_deq.activations.elementary import Batch, arctan2
+from nt_deq.activations.quotient import over
 
 Moments = tuple[Batch, Batch]
 
@@ -76,8 +77,7 @@ def piecewise_linear_dual(
     """
     bend, product = (positive - negative) ** 2 / 2, positive * negative
     scale = _sqrt(k1) * _sqrt(k2)
-    zero = scale == 0
-    rho = _clip(jnp.where(zero, 0, c / jnp.where(zero, 1, scale)), -1, 1)
+    rho = _clip(over(c, scale), -1, 1)
     kappa0, kappa1 = _arc_cosine(rho)
     return scale * (bend * kappa1 + product * rho), bend * kappa0 + product
 

@@ -28,6 +28,7 @@ from jaxtyping import Bool
 
 from nt_deq.activations.closed_forms import Batch, Moments, _clip, _sine, _sqrt
 from nt_deq.activations.elementary import arctan2
+from nt_deq.activations.quotient import over
 
 Mask = Bool[Array, "*#batch"]
 
@@ -150,7 +151,7 @@ def _dual_diagonal_jvp(kinks, primals, tangents):
     for i, (kink, height) in enumerate(zip(kinks.at, heights.tolist(), strict=True)):
         density = _density(jnp.full_like(k, kink), _sqrt(k))
         by_value += (a[i + 1] - a[i]) * height * density
-        by_slope += (a[i + 1] ** 2 - a[i] ** 2) * (kink / 2) * _over(density, k)
+        by_slope += (a[i + 1] ** 2 - a[i] ** 2) * (kink / 2) * over(density, k)
     return (value, slope), ((slope + by_value) * dk, by_slope * dk)
 
 
@@ -182,16 +183,10 @@ def _tails(end: Batch, root: Batch) -> _Tails:
 def _geometry(k1: Batch, k2: Batch, c: Batch) -> tuple[Batch, Batch, Batch, Batch]:
     """`√k1`, `√k2`, `ρ` clipped to [-1, 1], and `√(1-ρ²)`."""
     root1, root2 = _sqrt(k1), _sqrt(k2)
-    rho = _clip(_over(c, root1 * root2), -1, 1)
+    rho = _clip(over(c, root1 * root2), -1, 1)
     sine = _sine(rho)
     to_the_end = lax.stop_gradient(jnp.where(sine == 0, jnp.sign(rho) - rho, 0))
     return root1, root2, rho + to_the_end, sine
-
-
-def _over(a: Batch, b: Batch) -> Batch:
-    """`a/b`, and 0 where `b` is 0."""
-    zero = b == 0
-    return jnp.where(zero, 0, a / jnp.where(zero, 1, b))
 
 
 def _standardised(kink: Batch, root: Batch) -> Batch:
@@ -209,7 +204,7 @@ def _ratio(y: Batch, width: Batch, far: float = 200.0) -> Batch:
 
 def _density(y: Batch, width: Batch) -> Batch:
     """That of N(0, width²) at `y`, and 0 where the width is 0."""
-    return _over(_PEAK * jnp.exp(-(_ratio(y, width) ** 2) / 2), width)
+    return over(_PEAK * jnp.exp(-(_ratio(y, width) ** 2) / 2), width)
 
 
 def _beyond_the_origin(s: Batch, t: Batch, rho: Batch, sine: Batch, angle: Batch) -> Moments:
@@ -271,7 +266,7 @@ def _owen(far: Mask, h: Batch, m: Batch, product: Batch) -> Batch:
     """
     swap = jnp.abs(m) > jnp.abs(h)
     larger, smaller = jnp.where(swap, m, h), jnp.where(swap, h, m)
-    end = _over(smaller, larger)
+    end = over(smaller, larger)
     nodes, weights = np.polynomial.legendre.leggauss(7 if jnp.finfo(h.dtype).nmant < 24 else 13)
     total, half = jnp.zeros_like(end), larger * larger / 2
     for x, weight in zip(((1 + nodes) / 2).tolist(), (weights / 2).tolist(), strict=True):
@@ -341,14 +336,14 @@ def _by_variance(kinks: Kinks, k1: Batch, k2: Batch, c: Batch, bend: Batch) -> M
     anchor = jnp.where(wide, _middle(kinks), kinks.origin)
     at_origin = _density(jnp.zeros_like(root1), root1)
     value = anchor * (kinks.slopes[-1] - kinks.slopes[0]) * at_origin
-    slope = -_over(c, k1) * bend
+    slope = -over(c, k1) * bend
     for kink, jump in zip(kinks.at, kinks.jumps().tolist(), strict=True):
         at = jnp.full_like(root1, kink)
         x, density = _ratio(at, root1), _density(at, root1)
         center = rho * root2 * x
         value += jump * density * _mean_beyond(kinks, center, width, wide)
         value += anchor * jump * jnp.expm1(-x * x / 2) * at_origin
-        slope += jump * kink * _over(density, k1) * _mean_slope(kinks, center, width)
+        slope += jump * kink * over(density, k1) * _mean_slope(kinks, center, width)
     return value / 2, slope / 2
 
 
@@ -359,7 +354,7 @@ def recognise(fn: Callable[[Array], Array]) -> Kinks | None:
     (or of 1). Around each kink it is looked at on every scale, as a round corner is none.
     """
     z = np.sinh(np.linspace(-14.5, 14.5, 2**15))
-    values, slopes = _sample(fn, z)
+    values, slopes = sample(fn, z)
     changes = np.flatnonzero(np.abs(np.diff(slopes)) > 1e-13 * np.max(np.abs(slopes)))
     if not 0 < len(changes) <= 8 or np.min(np.diff(changes, prepend=-1, append=len(z) - 1)) < 2:
         return None
@@ -373,11 +368,11 @@ def recognise(fn: Callable[[Array], Array]) -> Kinks | None:
     beside = np.logspace(-14, 0, 500)
     near = np.concatenate([z, *(kink + way * beside for kink in at for way in (-1, 0, 1))])
     rounding = 1e-13 * (1 + np.abs(near)) * np.max(np.abs(values) / (1 + np.abs(z)))
-    ours, theirs = _sample(partial(evaluate, kinks), near)[0], _sample(fn, near)[0]
+    ours, theirs = sample(partial(evaluate, kinks), near)[0], sample(fn, near)[0]
     return kinks if (np.abs(ours - theirs) <= rounding).all() else None
 
 
-def _sample(fn: Callable[[Array], Array], z: np.ndarray) -> np.ndarray:
+def sample(fn: Callable[[Array], Array], z: Array | np.ndarray) -> np.ndarray:
     """Values and slopes, `(2, len(z))`, in float64, which is on."""
     at = jnp.asarray(z)
     return np.stack(jax.jvp(fn, (at,), (jnp.ones_like(at),)))

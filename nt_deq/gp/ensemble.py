@@ -11,16 +11,16 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Key, Real
 
 from nt_deq import _checks
-from nt_deq._bridges import enable_x64
 from nt_deq.errors import ArgumentError
 from nt_deq.gp.matrices import (
     check_definite,
     compute,
     data,
     in_float64,
+    inputs_like,
     kernel_matrix,
+    mode,
     rows,
-    same_inputs,
     variance_rounding,
 )
 from nt_deq.gp.process import JointPrediction
@@ -86,10 +86,7 @@ class TrainedEnsemble:
         self.kernel_fn, self._noise = kernel_fn, noise
         self._shape = np.shape(y)[1:]
         self._double = in_float64(rows(x), x, y, noise)
-        if self._double:
-            with enable_x64(True):
-                self._state = self._first_state(x, y, noise)
-        else:
+        with mode(self._double):
             self._state = self._first_state(x, y, noise)
 
     def predict(self, x_test: Real[ArrayLike, "m ..."], t: Number = np.inf) -> JointPrediction:
@@ -144,9 +141,7 @@ class TrainedEnsemble:
             raise ArgumentError(f"t={t} must be a time of training: one number of at least 0.")
 
     def _joint(self, state: _State, x_test, t) -> tuple[JointPrediction, Array]:
-        _checks.real_numbers("x_test", x_test)
-        inputs = jnp.asarray(x_test, state.x.dtype)
-        same_inputs("x_test", inputs, state.x)
+        inputs = inputs_like(state.x, x_test)
         nngp, ntk = (kernel_matrix(self.kernel_fn, inputs, state.x, get) for get in ("nngp", "ntk"))
         rates = _rates(state.values, jnp.asarray(t, state.x.dtype) / state.y.size)
         check_definite(rates, state.nngp, self._noise, "ntk")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import jax
@@ -27,6 +28,11 @@ def in_float64(n: int, *values) -> bool:
     """Whether `n` inputs are computed in float64 in a float32 mode: few, and none traced."""
     small = n <= SMALL and not jax.config.read("jax_enable_x64")
     return small and nothing_is_traced() and not _checks.is_traced(values)
+
+
+def mode(double: bool) -> AbstractContextManager[None]:
+    """In which a state is made: x64 where it is computed in float64, else as it is."""
+    return enable_x64(True) if double else nullcontext()
 
 
 def rows(x: ArrayLike) -> int:
@@ -90,7 +96,16 @@ def same_inputs(name: str, new: Array, x: Array) -> None:
         raise ArgumentError(f"{name} has inputs of shape {new.shape[1:]}, and x {x.shape[1:]}.")
 
 
+def inputs_like(x: Array, x_test: Real[ArrayLike, "m ..."]) -> Array:
+    """Test inputs in the dtype of the inputs `x`, of whose shape each must be."""
+    _checks.real_numbers("x_test", x_test)
+    inputs = jnp.asarray(x_test, x.dtype)
+    same_inputs("x_test", inputs, x)
+    return inputs
+
+
 def kernel_matrix(kernel_fn: KernelFn, x1: Array, x2: Array | None, get: Get) -> Array:
+    """The kernel of `x1` and `x2`, in full precision, or an error where it is no matrix."""
     _checks.kernel_function(kernel_fn)
     with jax.default_matmul_precision("highest"):
         kernel = kernel_fn(x1, x2, get)
@@ -104,6 +119,7 @@ def kernel_matrix(kernel_fn: KernelFn, x1: Array, x2: Array | None, get: Get) ->
 
 
 def observations(weights, noise, n, dtype) -> Array:
+    """How many observations each of `n` targets stands for, `(n,)`."""
     if weights is None:
         return jnp.ones(n, dtype)
     weights = jnp.asarray(weights, dtype)

@@ -21,8 +21,10 @@ from nt_deq.gp.matrices import (
     compute,
     data,
     in_float64,
+    inputs_like,
     kernel_matrix,
     log_normal,
+    mode,
     observations,
     rows,
     same_inputs,
@@ -126,11 +128,7 @@ class GaussianProcess:
         self._shape = np.shape(y)[1:]
         self._weighted = weights is not None
         self._double = in_float64(rows(x), x, y, noise, weights)
-
-        if self._double:
-            with enable_x64(True):
-                self._state = self._first_state(x, y, noise, weights)
-        else:
+        with mode(self._double):
             self._state = self._first_state(x, y, noise, weights)
 
     def log_marginal_likelihood(self) -> Float[Array, ""]:
@@ -182,7 +180,7 @@ class GaussianProcess:
         """
 
         def predict(state):
-            inputs = self._test(state, x_test)
+            inputs = inputs_like(state.x, x_test)
             mean, whitened = self._mean(state, inputs)
             prior = variances(self.kernel_fn, inputs, self.get)
             variance = prior - jnp.sum(whitened**2, axis=0)
@@ -231,7 +229,7 @@ class GaussianProcess:
         _checks.count("n", n)
 
         def samples(state):
-            covariance = kernel_matrix(self.kernel_fn, self._test(state, x_test), None, self.get)
+            covariance = kernel_matrix(self.kernel_fn, inputs_like(state.x, x_test), None, self.get)
             rounding = jnp.finfo(covariance.dtype).eps * jnp.diagonal(covariance)
             return draw(key, covariance, rounding, (n, len(covariance), *self._shape))
 
@@ -338,12 +336,6 @@ class GaussianProcess:
         mean = y / root - root * weighted * scale[:, None]
         return Prediction(mean.reshape(-1, *self._shape), noise + (1 - noise * precision) * scale)
 
-    def _test(self, state: _State, x_test) -> Array:
-        _checks.real_numbers("x_test", x_test)
-        inputs = jnp.asarray(x_test, state.x.dtype)
-        same_inputs("x_test", inputs, state.x)
-        return inputs
-
     def _mean(self, state: _State, inputs: Array) -> tuple[Array, Array]:
         """The posterior mean, and `L⁻¹ K(x, inputs)`."""
         cross = kernel_matrix(self.kernel_fn, state.x, inputs, self.get)
@@ -356,7 +348,7 @@ class GaussianProcess:
 
     def _joint(self, state: _State, x_test) -> tuple[JointPrediction, Array]:
         """The posterior, and what rounding leaves unknown of its variances."""
-        inputs = self._test(state, x_test)
+        inputs = inputs_like(state.x, x_test)
         mean, whitened = self._mean(state, inputs)
         prior = kernel_matrix(self.kernel_fn, inputs, None, self.get)
         covariance = prior - jnp.matmul(whitened.T, whitened, precision="highest")

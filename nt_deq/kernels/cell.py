@@ -25,6 +25,7 @@ import neural_tangents as nt
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, PyTree
 
+from nt_deq.activations.quotient import over
 from nt_deq.fixed_point.anderson import Anderson
 from nt_deq.fixed_point.implicit import (
     implicit_entries,
@@ -35,7 +36,6 @@ from nt_deq.fixed_point.implicit import (
 )
 from nt_deq.fixed_point.newton import Newton
 from nt_deq.fixed_point.solver import Bounds, Evaluation, Solver, norm, rounding
-from nt_deq.kernels.quotient import over
 from nt_deq.kernels.tiles import by_tiles, mirrored
 
 KernelMap = Callable[[nt.Kernel], nt.Kernel]

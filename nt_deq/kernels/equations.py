@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from nt_deq.activations import Activation
 from nt_deq.activations.elementary import arc_moment, versine
+from nt_deq.activations.quotient import over
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.implicit import implicit_entries
 from nt_deq.fixed_point.newton import Newton
@@ -30,7 +31,6 @@ from nt_deq.fixed_point.solver import (
     check_solver,
     rounding,
 )
-from nt_deq.kernels.quotient import over
 from nt_deq.kernels.series import NEAR, Chebyshev, homogeneous
 from nt_deq.kernels.tiles import by_tiles
 

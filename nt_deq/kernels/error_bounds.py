@@ -30,8 +30,8 @@ from jaxtyping import Float
 
 from nt_deq.activations import Activation
 from nt_deq.activations.elementary import arc_moment, versine
+from nt_deq.activations.quotient import over
 from nt_deq.kernels.equations import Marginals, marginal_map
-from nt_deq.kernels.quotient import over
 from nt_deq.kernels.series import NEAR, Chebyshev, homogeneous
 from nt_deq.kernels.tiles import by_tiles
 

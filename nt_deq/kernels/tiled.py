@@ -53,9 +53,9 @@ def tiled(kernel_fn: Callable[..., PyTree]) -> LayerKernelFn:
 
     @wraps(kernel_fn)
     def wrapped(x1, x2=None, get=None, **kwargs):
-        if get is None or not network.has_tiles(x1, x2, get, kwargs):
+        if get is None or (block := network.block(x1, x2, get, kwargs)) is None:
             return kernel_fn(x1, x2, get, **kwargs)
-        return network(x1, None if x2 is x1 else x2, get)
+        return network(x1, None if x2 is x1 else x2, get, block)
 
     vars(wrapped)["is_tiled"] = True
     return cast(LayerKernelFn, wrapped)
@@ -72,36 +72,32 @@ class _Network:
         self.pairs = jax.jit(self._pairs, static_argnames=("with_ntk", "symmetric"))
         self.whole = jax.jit(self._whole, static_argnames=("get", "block"))
 
-    def has_tiles(
+    def block(
         self, x1: PyTree, x2: PyTree, get: str | tuple[str, ...], kwargs: dict[str, PyTree]
-    ) -> bool:
-        """Whether the kernel of a call is one of pairs that are more than a tile."""
+    ) -> int | None:
+        """How many entries a pair of inputs has, or `None` where a call does not go by tiles."""
         if any(value is not None for value in kwargs.values()):
-            return False
+            return None
         if not _PARTS.issuperset(_names(get)):
-            return False
-        batches = [x1] if x2 is None else [x1, x2]
-        arrays = [jax.tree.leaves(batch, is_leaf=_is_kernel) for batch in batches]
+            return None
+        x2 = x1 if x2 is None else x2
+        arrays = [jax.tree.leaves(batch, is_leaf=_is_kernel) for batch in (x1, x2)]
         if not self.batch_first or not all(_is_batch(a) for side in arrays for a in side):
-            return False
+            return None
         if not all(side and len({len(a) for a in side}) == 1 for side in arrays):
-            return False  # neural-tangents says what is wrong
-        block = self.block(x1, x2)
-        return block is not None and not fits([len(side[0]) for side in arrays], block)
-
-    def block(self, x1: PyTree, x2: PyTree) -> int | None:
-        """How many entries a pair of inputs has, `None` if it has more than its own."""
-        one, other = (jax.tree.map(lambda a: a[:1], x) for x in (x1, x1 if x2 is None else x2))
+            return None  # neural-tangents says what is wrong
+        one, other = (jax.tree.map(lambda a: a[:1], x) for x in (x1, x2))
         k = jax.eval_shape(lambda x1, x2: self.inputs(x1, x2, None), one, other)
         kernels = jax.tree.leaves(k, is_leaf=_is_kernel)
         if not all(k.diagonal_batch for k in kernels):
             return None
-        return max(k.nngp.size for k in kernels)
+        block = max(k.nngp.size for k in kernels)
+        return None if fits([len(side[0]) for side in arrays], block) else block
 
-    def __call__(self, x1: PyTree, x2: PyTree, get: str | tuple[str, ...]) -> PyTree:
+    def __call__(self, x1: PyTree, x2: PyTree, get: str | tuple[str, ...], block: int) -> PyTree:
         """What `get` names of the kernel, as neural-tangents returns it."""
         get = get if isinstance(get, str) else tuple(get)
-        kernel, lost = self.whole(x1, x2, get=get, block=self.block(x1, x2))
+        kernel, lost = self.whole(x1, x2, get=get, block=block)
         if not _checks.is_traced(lost) and lost:
             self._raise(x1, x2, get, jax.tree.leaves(kernel)[0])
         return kernel
