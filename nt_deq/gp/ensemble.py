@@ -118,7 +118,7 @@ class TrainedEnsemble:
           Their outputs, `(n, m)` or `(n, m, C)`.
 
         Raises:
-          The errors of `predict`.
+          ArgumentError, NoEquilibriumError, NotConvergedError: as `predict`.
         """
         _checks.count("n", n)
         self._check_time(t)

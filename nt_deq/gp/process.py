@@ -251,7 +251,7 @@ class GaussianProcess:
           weights: how many observations each stands for, `(k,)`; `None` is one each.
 
         Raises:
-          The errors of `GaussianProcess`.
+          ArgumentError, NotPositiveDefiniteError: as `GaussianProcess` itself.
         """
         if np.shape(y)[1:] != self._shape:
             raise ArgumentError(
