@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Key, Real
 
 from nt_deq import _checks
-from nt_deq._bridges import enable_x64
+from nt_deq._jax import enable_x64
 from nt_deq.errors import ArgumentError
 from nt_deq.gp.matrices import (
     check_definite,
