@@ -29,9 +29,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
+
+from experiments.lib.report import PowerLaw, fit_by_width
 
 _LOW, _HIGH, _STEPS = -2.0, 1.0, 301  # exponents that are tried; then it is refined
 
@@ -45,8 +49,6 @@ class LeadingPower:
       low, high: its 95 % interval.
       a, b, c: with the most likely exponent; 0 where they are not fitted.
       orders: how many corrections are fitted.
-      excess: `χ²` of the fit over its degrees of freedom, widths less what is fitted; NaN if that
-        is 0.
     """
 
     exponent: float
@@ -56,14 +58,20 @@ class LeadingPower:
     b: float
     c: float
     orders: int
-    excess: float
 
-    def includes(self, exponent: float) -> bool:
-        """Whether the interval has this exponent in it."""
-        return self.low <= exponent <= self.high
+    @property
+    def is_root(self) -> bool:
+        """Whether `D` falls, and as `1/√n` for all that is known: 0 is above the interval."""
+        return self.low <= -0.5 <= self.high < 0
+
+    @property
+    def formula(self) -> str:
+        """What was fitted."""
+        corrections = ("", " (1 + b/√n)", " (1 + b/√n + c/n)")[self.orders]
+        return f"D² = a n^(2s){corrections}"
 
     def __call__(self, n: np.ndarray) -> np.ndarray:
-        """The fitted `D` at widths `n`."""
+        """The fitted `D` at widths `n`, those that were measured and wider."""
         square = self.a * n ** (2 * self.exponent) * (1 + self.b / np.sqrt(n) + self.c / n)
         return np.sqrt(square)
 
@@ -96,8 +104,8 @@ def fit_leading_power(distances: Mapping[int, np.ndarray]) -> LeadingPower:
     orders = min(len(widths) - 2, 2)
     u = np.sqrt(widths[0] / widths)
     # a (1 + b/√n + c/n) with corrections of at most 1: the cone of these, with weights >= 0.
-    signs = np.array(np.meshgrid(*[[1.0, -1.0]] * orders)).reshape(orders, -1).T
-    corners = 1 + signs @ np.array([u, u**2][:orders]).reshape(orders, -1)  # (2^orders, widths)
+    signs = np.array(list(product((1.0, -1.0), repeat=orders)))  # (2^orders, orders)
+    corners = 1 + signs @ np.array([u, u**2])[:orders]  # (2^orders, widths)
 
     def fit(exponent):
         basis = (corners * (widths / widths[0]) ** (2 * exponent) / errors).T
@@ -110,22 +118,20 @@ def fit_leading_power(distances: Mapping[int, np.ndarray]) -> LeadingPower:
     tried = np.linspace(_LOW, _HIGH, _STEPS)
     found = np.array([chi_squared(exponent) for exponent in tried])
     best, step = tried[found.argmin()], tried[1] - tried[0]
-    best = float(
-        optimize.minimize_scalar(
-            chi_squared, bounds=(best - step, best + step), method="bounded"
-        ).x
-    )
-    (weights, least) = fit(best)
+    bounds = best - step, best + step
+    refined: Any = optimize.minimize_scalar(chi_squared, bounds=bounds, method="bounded")
+    best = float(refined.x)
+    weights, least = fit(best)
     bound = least + float(stats.t.ppf(0.975, freedom)) ** 2
 
     def end(inside, outside):
-        return float(optimize.brentq(lambda s: chi_squared(s) - bound, inside, outside))
+        root: Any = optimize.brentq(lambda s: chi_squared(s) - bound, inside, outside)
+        return float(root)
 
     inside = np.append(tried[found <= bound], best)
     low, high = inside.min(), inside.max()
     total = weights.sum()
     b, c = [*(weights @ signs / max(total, np.finfo(float).tiny)), 0.0, 0.0][:2]
-    left = len(widths) - 2 - orders
     return LeadingPower(
         exponent=best,
         low=_LOW if low <= _LOW else end(low, max(low - step, _LOW)),
@@ -134,5 +140,28 @@ def fit_leading_power(distances: Mapping[int, np.ndarray]) -> LeadingPower:
         b=float(b * widths[0] ** 0.5),
         c=float(c * widths[0]),
         orders=orders,
-        excess=least / left if left else float("nan"),
     )
+
+
+def local_slopes(distances: Mapping[int, np.ndarray]) -> list[PowerLaw]:
+    """The slopes of `log D` between neighbouring widths, which tend to the leading exponent."""
+    widths = sorted(distances)
+    return [fit_by_width({w: distances[w] for w in pair}) for pair in pairwise(widths)]
+
+
+def tell(fit: LeadingPower, local: list[PowerLaw]) -> str:
+    """What was found, in words, for a claim that `D` falls as `1/√n`."""
+    slopes = ", ".join(map(str, local))
+    if fit.is_root:
+        verdict = "it agrees with theory's −1/2"
+    elif fit.high >= 0:
+        verdict = "it may be 0, so that nothing can be said: take more widths, or more --seeds"
+    else:
+        verdict = "theory's −1/2 is outside"
+    text = (
+        f"The leading exponent, s in `{fit.formula}`, is {fit}, 95 % interval {fit.interval}: "
+        f"{verdict}. The slope between neighbouring widths, which is to tend to it, is {slopes}."
+    )
+    if fit.orders == 0:
+        text += " Two widths leave no room for higher orders in 1/√n: take three --widths."
+    return text

@@ -200,7 +200,9 @@ def test_predict_labels_by_a_model_that_was_kept(files, capsys):
     ):
         assert main(words) == 2, words
         assert message in capsys.readouterr().err
-    nt_deq.KernelClassifier(network(), progress=False).fit(files["x"], files["words"]).save("own")
+    nt_deq.KernelClassifier(network(W_std=0.8), progress=False).fit(
+        files["x"], files["words"]
+    ).save("own")
     assert main([*x2, "--model", "own"]) == 2
     assert "own holds a KernelClassifier of Python's: load it there" in capsys.readouterr().err
 
