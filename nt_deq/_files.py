@@ -28,15 +28,15 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(0o644)
-            _flush(temporary)
+            flush(temporary)
             temporary.replace(path)
-            _flush(path.parent)
+            flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
             _unfinished.discard(temporary)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Waits until the contents of a file, or the names in a directory, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

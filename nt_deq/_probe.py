@@ -19,7 +19,7 @@ def few(x: Real[np.ndarray, "n ..."]) -> Real[np.ndarray, "few ..."]:
 
 def probe(
     kernel_fn: KernelFn, get: Get, x: Float[np.ndarray, "n ..."]
-) -> Float[np.ndarray, "few few"]:
+) -> Float[np.ndarray, "few few ..."]:
     """The kernel between a few of the inputs."""
     return np.asarray(jax.jit(lambda x: kernel_fn(x, None, get))(few(x)))
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from nt_deq._files import is_unfinished, whole
+from nt_deq._files import flush, is_unfinished, whole
 from nt_deq._probe import probe, same
 from nt_deq.errors import ArgumentError, ModelError
 from nt_deq.typing import JSON, Get, KernelFn
@@ -77,6 +77,7 @@ def write(
         raise ArgumentError(f"the settings of the model are not JSON: {error}.") from error
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        flush(directory.parent)
         with _locked(directory, fcntl.LOCK_EX):
             _check_ours(directory)
             file = directory / f"arrays-{secrets.token_hex(8)}.npz"
@@ -176,13 +177,17 @@ def check_kernel(
       of: what the model's kernel was made of, as far as that is known.
     """
     now = probe(kernel_fn, get, x)
-    if now.shape == found.shape and same(now, found).all():
+    if now.shape != found.shape:
+        there, here = f"has shape {found.shape}", str(now.shape)
+    elif not same(now, found).all():
+        entry = np.unravel_index(np.argmax(np.abs(now - found)), now.shape)
+        there, here = f"is {found[entry]:.6g}", f"{now[entry]:.6g}"
+    else:
         return
-    entry = np.unravel_index(np.argmax(np.abs(now - found)), now.shape)
     known = f", made of {json.dumps(of)}" if of else ""
     raise ModelError(
         f"path={os.fspath(path)!r} holds a model of another kernel{known}: get={get!r} of its "
-        f"inputs is {found[entry]:.6g} there and {now[entry]:.6g} by kernel_fn."
+        f"inputs {there} in it, and {here} by kernel_fn."
     )
 
 

@@ -204,6 +204,8 @@ def test_another_kernel_is_refused(saved):
     path, predicted = saved
     with pytest.raises(ModelError, match="model of another kernel: get='ntk' of its inputs is"):
         KernelRegression.load(path, explicit(1.5001))
+    with pytest.raises(ModelError, match=r"has shape \(8, 8\) in it, and \(8, 8, 3\) by kernel_fn"):
+        KernelRegression.load(path, lambda x1, x2, get: jax.numpy.ones((8, 8, 3)))
     near = KernelRegression.load(path, explicit(1.500001))  # to rounding
     np.testing.assert_allclose(near.predict(X_TEST), predicted, atol=1e-3)
     fit(store_key={"W_std": 1.5}).save(path)

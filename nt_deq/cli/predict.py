@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
             f"--probabilities={args.probabilities} needs leave-one-out, which there is not with "
             f"--store={args.store}: leave out one of them."
         )
-    model, problem, x_test = _load(args) if learned else _fit(args)
+    model, problem, x_test, source = _load(args) if learned else _fit(args)
     with network.precision(args) as dtype:
         x_test = x_test.astype(dtype)
         if problem.classes is None:
@@ -134,9 +134,7 @@ def run(args: argparse.Namespace) -> None:
     if std is not None:
         arrays.write(args.std, std, ["standard deviation"])
     written = ", ".join(filter(None, outputs.values()))
-    by = f" by the model in {args.model}" if learned else ""
-    n = len(problem.y)
-    print(f"{written}: {what} for {len(x_test)} inputs{by}, learned from {n}.")
+    print(f"{written}: {what} for {len(x_test)} inputs, learned from {len(problem.y)}{source}.")
     for name, measure in measures.items():
         print(f"{name}: {measure}.")
     if not measures:
@@ -146,8 +144,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.model}: the model, for nt-deq predict X_test.npy --model {args.model}.")
 
 
-def _fit(args: argparse.Namespace) -> tuple[KernelRegression, Problem, np.ndarray]:
-    """The model of the training files, which is kept if that is asked for, and the test inputs."""
+def _fit(args: argparse.Namespace) -> tuple[KernelRegression, Problem, np.ndarray, str]:
+    """The model of the training files, which is kept if that is asked for, and the test inputs.
+
+    Returns:
+      The model; what is predicted; the test inputs; what to tell of where the model is from.
+    """
     x, x_test = arrays.read_input_pair(args.x_train, args.x_test)
     y = arrays.read_targets(args.y_train, len(x), args.task)
     problem = _read(args, y, len(x_test))
@@ -173,11 +175,11 @@ def _fit(args: argparse.Namespace) -> tuple[KernelRegression, Problem, np.ndarra
         if args.model:
             columns = csv_files.read_names(args.x_train) if csv_files.is_csv(args.x_train) else None
             model._save(args.model, {"network": options, "columns": columns, "x64": args.x64})
-    return model, problem, x_test
+    return model, problem, x_test, ""
 
 
-def _load(args: argparse.Namespace) -> tuple[KernelRegression, Problem, np.ndarray]:
-    """The model that was kept, what it has learned, and the test inputs."""
+def _load(args: argparse.Namespace) -> tuple[KernelRegression, Problem, np.ndarray, str]:
+    """The model that was kept, what it has learned, and the test inputs; as `_fit`."""
     x_test = arrays.read_inputs(args.x_test)
 
     import nt_deq
@@ -194,7 +196,10 @@ def _load(args: argparse.Namespace) -> tuple[KernelRegression, Problem, np.ndarr
         )
     notes, arguments = saved["notes"], saved["arguments"]
     known = notes["network"] | {name: arguments[name] for name in _OPTIONS}
-    _check_flags(args, known | {"x64": notes["x64"], "store": arguments["store"]})
+    task = "regress" if kind == _MODELS[0] else "classify"
+    known |= {"x64": notes["x64"], "store": arguments["store"], "task": task}
+    _check_flags(args, known)
+    told = ", ".join(f"{_flag(name)} {value}" for name, value in known.items())
     args.x64 = notes["x64"]
     if notes["columns"] and csv_files.is_csv(args.x_test):
         arrays.check_columns(args.x_test, args.model, notes["columns"])
@@ -210,7 +215,8 @@ def _load(args: argparse.Namespace) -> tuple[KernelRegression, Problem, np.ndarr
         model.method = "cholesky"
     classes = getattr(model, "classes_", None)
     y = model._targets if classes is None else model._targets.argmax(axis=1)
-    return model, _problem(args, y, classes, len(x_test), args.model), x_test
+    problem = _problem(args, y, classes, len(x_test), args.model)
+    return model, problem, x_test, f" by the model in {args.model} ({told})"
 
 
 def _check_flags(args: argparse.Namespace, known: Mapping[str, Any]) -> None:

@@ -158,7 +158,8 @@ def test_predict_by_a_model_that_was_kept(files, capsys):
     again = ["predict", "x2.npy", "--out", "p2.npy", "--std", "s2.npy", "--model", "m"]
     assert main([*again, "--y-test", "y2.npy"]) == 0
     out = capsys.readouterr().out
-    assert "p2.npy, s2.npy: values for 7 inputs by the model in m, learned from 14." in out
+    assert "p2.npy, s2.npy: values for 7 inputs, learned from 14 by the model in m (" in out
+    assert "(--W-std 0.7, --U-std 1.0, --b-std 0.0, --activation relu, --get nngp, --rel" in out
     assert "y2.npy: R² " in out
     for name in "ps":
         np.testing.assert_array_equal(np.load(f"{name}2.npy"), np.load(f"{name}.npy"))
@@ -190,6 +191,7 @@ def test_predict_labels_by_a_model_that_was_kept(files, capsys):
         ([*x2, "--model", "m", "--get", "ntk"], "--get=ntk, and --model=m was made with nngp"),
         ([*x2, "--model", "m", "--x64"], "--x64=True, and --model=m was made with False"),
         ([*x2, "--model", "m", "--store", "k"], "--store=k, and --model=m was made with None"),
+        ([*x2, "--model", "m", "--task", "regress"], "--task=regress, and --model=m was made"),
         ([*x2, "--model", "m", "--y-test", "y2.npy"], "=classify needs labels"),
         ([*x2, "--model", "none"], "--model=none holds no model"),
         (x2, "predict takes X.npy y.npy X_test.npy, or X_test.npy alone and --model DIR"),
