@@ -33,9 +33,6 @@ class Settings(ensembles.Settings):
 
     n_train: int = flag(64, "training inputs, drawn at random", at_least=2)
     n_test: int = flag(200, "test inputs, drawn at random", at_least=1)
-    widths: tuple[int, ...] = flag(
-        (64, 128, 256), "widths of the finite networks", at_least=1, different=2
-    )
     steps: int = flag(
         32, "steps of gradient descent; the training time is learning_rate · steps", at_least=1
     )
