@@ -1,4 +1,4 @@
-"""Kernel regression and classification with any stax kernel, as large as time allows."""
+"""Kernel regression with any stax kernel, as large as time allows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Float, Real, Shaped
+from jaxtyping import Float, Real
 
 from nt_deq import _checks, _saving
 from nt_deq._batches import by_batches
@@ -152,7 +152,7 @@ class KernelRegression:
           StoreError: the store is another kernel's, or cannot be written.
           LostProcessError: another process of the mesh was lost.
         """
-        x, y = _inputs(x), np.asarray(y)
+        x, y = inputs(x), np.asarray(y)
         _checks.targets("y", y, len(x))
         self._fit(x, y.astype(np.float64))
         return self
@@ -261,7 +261,7 @@ class KernelRegression:
         if not hasattr(self, "coefficients_"):
             raise ArgumentError("predict needs a fit: call fit(x, y) first.")
         kernel = self._kernel
-        x = _inputs(x, kernel.x.dtype)
+        x = inputs(x, kernel.x.dtype)
         if x.shape[1:] != kernel.x.shape[1:]:
             raise ArgumentError(
                 f"x has inputs of shape {x.shape[1:]}, and the fit was to {kernel.x.shape[1:]}."
@@ -416,66 +416,6 @@ class KernelRegression:
         self.solution_ = solution
 
 
-class KernelClassifier(KernelRegression):
-    """Classification by `KernelRegression`, whose arguments and attributes these are too.
-
-    The targets are 1 for an input's class and 0 for every other, less their mean over classes,
-    `1/C`, and the class of the largest score is predicted.
-
-    Attributes:
-      classes_: sorted labels.
-    """
-
-    def fit(self, x: Real[ArrayLike, "n ..."], y: Shaped[ArrayLike, " n"]) -> KernelClassifier:
-        """Fits to inputs `x (n, ...)` and labels `y (n,)`: integers, words or Booleans.
-
-        Errors are those of `KernelRegression.fit`.
-        """
-        x, y = _inputs(x), np.asarray(y)
-        if y.shape != (len(x),):
-            raise ArgumentError(f"y has shape {y.shape}: {len(x)} inputs need labels ({len(x)},).")
-        if np.issubdtype(y.dtype, np.inexact) and not np.isfinite(y).all():
-            raise ArgumentError("y has NaN or infinite values; drop or impute them.")
-        classes, labels = np.unique(y, return_inverse=True)
-        self._fit(x, np.eye(len(classes))[labels] - 1 / len(classes))
-        self.classes_ = classes
-        return self
-
-    def _own_arrays(self) -> dict[str, np.ndarray]:
-        classes = self.classes_
-        if all(isinstance(label, str) for label in classes.tolist()):
-            classes = np.array(classes.tolist())  # words, of whatever dtype
-        return {"classes": classes}
-
-    def _restore(self, fitted: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        super()._restore(fitted, arrays)
-        self.classes_ = arrays["classes"]
-
-    @overload
-    def decision_function(
-        self, x: Real[ArrayLike, "m ..."], return_std: Literal[False] = False
-    ) -> Float[np.ndarray, "m C"]: ...
-
-    @overload
-    def decision_function(
-        self, x: Real[ArrayLike, "m ..."], return_std: Literal[True]
-    ) -> tuple[Float[np.ndarray, "m C"], Float[np.ndarray, " m"]]: ...
-
-    @overload
-    def decision_function(self, x: Real[ArrayLike, "m ..."], return_std: bool) -> Predicted: ...
-
-    def decision_function(self, x: Real[ArrayLike, "m ..."], return_std: bool = False) -> Predicted:
-        """Scores inputs `(m, ...)` for each of `classes_`, `(m, C)`, of which the largest counts.
-
-        With `return_std` their standard deviation too, `(m,)`: see `KernelRegression.predict`.
-        """
-        return super().predict(x, return_std)
-
-    def predict(self, x: Real[ArrayLike, "m ..."]) -> Shaped[np.ndarray, " m"]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Predicts the labels of inputs `(m, ...)`, `(m,)`."""
-        return self.classes_[self.decision_function(x).argmax(axis=1)]
-
-
 def _absolute(store: str | os.PathLike[str] | None) -> str | None:
     """A store by a name that it has from every directory."""
     if store is None or "://" in os.fspath(store):
@@ -483,7 +423,7 @@ def _absolute(store: str | os.PathLike[str] | None) -> str | None:
     return os.path.abspath(store)
 
 
-def _inputs(x: ArrayLike, dtype: np.dtype | None = None) -> np.ndarray:
+def inputs(x: ArrayLike, dtype: np.dtype | None = None) -> np.ndarray:
     """Inputs in the dtype of everything: float64 of float64 inputs in JAX's x64 mode.
 
     Args:
