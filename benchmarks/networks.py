@@ -3,9 +3,12 @@
 NNGP and NTK of fully-connected networks, `n` inputs with 784 features, beside the bare x·xᵀ, and of
 convolutional ones on images of 16 × 16. Networks of one size run in turn in one process. The error
 is the largest one of both kernels relative to the largest entry, to neural-tangents' in float64.
+Then how the times grow with the depth, the number of inputs and the side of images, and the figure
+of docs/speed.md.
 
     python -m benchmarks.networks              # 2000 inputs, 8 images
-    python -m benchmarks.networks --small
+    python -m benchmarks.networks --small      # 300, 4, and no growth
+    python -m benchmarks.networks --growth     # nothing else
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from benchmarks import _measure
 from benchmarks.kernel import inputs
 
 DEPTHS, IMAGE_LAYERS = (1, 10, 30), 5
+GROWTH = {"layers": (1, 3, 10, 30), "inputs": (250, 500, 1000, 2000), "side": (8, 12, 16)}
+NAMES = ("neural-tangents", "nt_deq", "infinite depth", "x·xᵀ")
 Kernel = Callable[[jax.Array], Any]
 
 
@@ -124,8 +129,89 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def growing(axis: str, size: int) -> tuple[dict[str, Kernel], np.ndarray]:
+    """ReLU networks by name, and inputs, of a size: 1000 of vectors, 10 layers, 4 images else."""
+    modules = {"neural-tangents": nt.stax, "nt_deq": stax}
+    if axis == "side":
+        x = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(np.float32)
+        return {
+            name: convolutional(module, module.GlobalAvgPool()) for name, module in modules.items()
+        }, x
+    n, depth = (1000, size) if axis == "layers" else (size, 10)
+    found = {name: dense(module, "Relu", depth) for name, module in modules.items()}
+    found["infinite depth"] = partial(both, stax.serial(stax.DEQ(1, 0.9, b_std=0.1), stax.Dense(1)))
+    found["x·xᵀ"] = cases()["x·xᵀ"]
+    return found, np.asarray(inputs(n, np.float32))
+
+
+def growth() -> list[dict[str, Any]]:
+    """One row a size and program, in float32."""
+    jax.config.update("jax_enable_x64", False)
+    rows = []
+    for axis, sizes in GROWTH.items():
+        for size in sizes:
+            programs, x = growing(axis, size)
+            built = {name: _measure.build(fn, jnp.asarray(x)) for name, fn in programs.items()}
+            _measure.take_turns(built, budget=10)
+            rows += [
+                {"axis": axis, "size": size, "case": name, "run_s": program.run}
+                for name, program in built.items()
+            ]
+        print(f"\nby {axis}: {', '.join(map(str, sizes))}; seconds, and the power of the last two")
+        for name in built:
+            runs = times(rows, axis, name)
+            power = np.log(runs[-1] / runs[-2]) / np.log(sizes[-1] / sizes[-2])
+            print(f"{name:16}", *(f"{run:9.4f}" for run in runs), f"{power:6.2f}", flush=True)
+    return rows
+
+
+def times(rows: list[dict[str, Any]], axis: str, name: str) -> list[float]:
+    """Of a program, in the order of sizes."""
+    return [row["run_s"] for row in rows if (row["axis"], row["case"]) == (axis, name)]
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """One panel for each of what grows, into docs/."""
+    from experiments.lib.report import BLACK, BLUE, GREEN, ORANGE, figure_style
+
+    panels = {
+        "layers": ("layers", "1000 vectors"),
+        "inputs": ("inputs", "10 layers"),
+        "side": ("pixels on a side", "4 images, 5 convolutions, pooled"),
+    }
+    styles = dict(
+        zip(NAMES, ((ORANGE, "-"), (BLUE, "-"), (GREEN, "--"), (BLACK, ":")), strict=True)
+    )
+    with figure_style() as plt:
+        figure, axes = plt.subplots(1, 3, figsize=(10, 3.8))
+        for panel, (axis, (label, title)) in zip(axes, panels.items(), strict=True):
+            for name, (color, style) in styles.items():
+                if runs := times(rows, axis, name):
+                    panel.loglog(
+                        GROWTH[axis], runs, style, marker="o", ms=4, color=color, label=name
+                    )
+            panel.set(title=title, xlabel=label)
+            panel.set_xticks(GROWTH[axis], [str(size) for size in GROWTH[axis]], minor=False)
+            panel.minorticks_off()
+        axes[0].set_ylabel("seconds for NNGP and NTK")
+        figure.suptitle("Explicit ReLU networks of nt_deq and of neural-tangents, float32, 2 cores")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center")
+        figure.savefig(_measure.ROOT / "docs" / "benchmark_networks.png", dpi=120)
+
+
 def main() -> None:
-    """Measures, prints and writes JSON."""
+    """Measures, prints, writes JSON and the figure."""
+    if "--small" not in sys.argv[1:]:
+        rows = growth()
+        print(f"\n{_measure.write('growth', rows)}")
+        draw(rows)
+    if "--growth" not in sys.argv[1:]:
+        compare()
+
+
+def compare() -> None:
+    """Networks of one size."""
     n, images = (300, 4) if "--small" in sys.argv[1:] else (2000, 8)
     pixels = np.random.default_rng(0).normal(size=(images, 16, 16, 3))
     rows: list[dict[str, Any]] = []
