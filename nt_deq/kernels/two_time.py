@@ -164,17 +164,25 @@ def _found(ends: Ends, tol: float) -> Bool[Array, "*batch"]:
     return ends.converged & (ends.error <= tol)
 
 
-def _first_found(solve: Callable, grids: Sequence[tuple[Grid, Prepared]], found: Callable):
-    """The results of the first grid that is good enough, sample by sample; else of the last."""
-    result = solve(*grids[0])
+def _first_found(
+    solve: Callable, grids: Sequence[tuple[Grid, Prepared]], ends: Callable, tol: float, exists=True
+):
+    """The results of the first grid that is good enough, sample by sample; else of the best.
+
+    At a kink the last degrees are a fraction of the error: the first grid must reach a quarter.
+    """
+    result, bound = solve(*grids[0]), tol / 4
     for grid, prepared in grids[1:]:
 
-        def improve(result, grid=grid, prepared=prepared):
-            good = found(result)
+        def improve(result, grid=grid, prepared=prepared, bound=bound):
             better = solve(grid, prepared)
-            return jax.tree.map(lambda a, b: jnp.where(_over(good, a), a, b), result, better)
+            worse = ends(better).converged & ~(ends(result).error <= ends(better).error)
+            take = worse & ~_found(ends(result), bound)
+            return jax.tree.map(lambda a, b: jnp.where(_over(take, a), b, a), result, better)
 
-        result = lax.cond(jnp.all(found(result)), lambda result: result, improve, result)
+        settled = _found(ends(result), bound) | ~jnp.asarray(exists)
+        result = lax.cond(jnp.all(settled), lambda result: result, improve, result)
+        bound = tol
     return result
 
 
@@ -212,7 +220,7 @@ def _solve_own(cell, inject, ntk, solver, grids, tol) -> tuple[Ends, Array]:
         ends = ends._replace(converged=ends.converged & usable)
         return ends, select(ends.converged, clock, start)
 
-    return _first_found(solve, grids, lambda result: _found(result[0], tol))
+    return _first_found(solve, grids, lambda result: result[0], tol)
 
 
 def _solve_pairs(cell, k, variance1, variance2, exists, solver, grids, tol) -> Ends:
@@ -237,7 +245,7 @@ def _solve_pairs(cell, k, variance1, variance2, exists, solver, grids, tol) -> E
             variances = grid.at_nodes(variance1)[0], grid.at_nodes(variance2)[1]
             return _solve_on(grid, prepared, channels, variances, injected, ntk, exists, solver)[1]
 
-        return _first_found(solve, grids, lambda ends: _found(ends, tol) | ~exists)
+        return _first_found(solve, grids, lambda ends: ends, tol, exists)
 
     rows = variance1, k.mask1
     columns = rows if k.cov2 is None else (variance2, k.mask2)
