@@ -43,7 +43,7 @@ from nt_deq.kernels.equations import Injection, dense_solver, solve_equilibrium
 from nt_deq.kernels.nonlinearity import apply_dual
 from nt_deq.kernels.series import Chebyshev
 from nt_deq.kernels.tiled import tiled
-from nt_deq.kernels.two_time import Dynamics, solve_two_time
+from nt_deq.kernels.two_time import Dynamics, grids_for, solve_with_fewest, solve_two_time
 from nt_deq.trajectory import euler, trajectory_end
 from nt_deq.typing import AnyLayer, Layer, LayerKernelFn, Number
 
@@ -345,9 +345,10 @@ def NeuralODE(
     batch_axis = requirements.get("batch_axis", 0)
     method = Picard() if solver is None else solver
 
-    @jax.jit
-    def solve(u, T, leak):
-        return solve_two_time(cell_kernel, u, Dynamics(T, leak, inject_always, steps, method))
+    @partial(jax.jit, static_argnums=3)
+    def solve(u, T, leak, grids):
+        dynamics = Dynamics(T, leak, inject_always, steps, method)
+        return solve_two_time(cell_kernel, u, dynamics, grids)
 
     @cache
     def check_bypass(shape):  # once per shape: it runs the finite cell
@@ -391,7 +392,12 @@ def NeuralODE(
         check_bypass((*u.shape1[:batch_axis], 2, *u.shape1[batch_axis + 1 :]))
         dtype = u.nngp.dtype
         none = not _checks.is_traced(leak) and leak == 0
-        found = solve(u, jnp.asarray(T, dtype), None if none else jnp.asarray(leak, dtype))
+        arguments = u, jnp.asarray(T, dtype), None if none else jnp.asarray(leak, dtype)
+        found = solve_with_fewest(
+            lambda grids: solve(*arguments, grids),
+            grids_for(dtype, steps),
+            _checks.is_traced(*arguments),
+        )
         raise_unless_two_time_solved(found, T)
         return found.kernel
 

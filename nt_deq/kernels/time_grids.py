@@ -6,8 +6,12 @@ the square for what is smooth, and on the two triangles `s <= t` and `t <= s` fo
 where the times meet, as ReLU's `V̇` has where an input meets itself. Euler's rule on the square is
 the residual network of so many layers, exactly.
 
+The nodes of one time are Radau's, which have the end of the time among them: what is asked for is
+the value at a node, not an extrapolation, which would enlarge the rounding. So is the diagonal,
+where the times are equal: it is among the nodes across a triangle.
+
 A function of one time is known by its values on a *clock*: some nodes that all grids share, which
-are Gauss's in `√t`: over a long time most happens at first.
+are Radau's in `√t`: over a long time most happens at first.
 """
 
 from __future__ import annotations
@@ -24,7 +28,18 @@ from numpy.polynomial import legendre
 from nt_deq.typing import Number
 
 
-def _nodes(count: int) -> tuple[np.ndarray, np.ndarray]:
+def _nodes(count: int) -> np.ndarray:
+    """Radau's nodes on (0, 1], the end included."""
+    series = np.zeros(count + 1)
+    series[-2:] = 1  # its roots, of which -1 is one, are those from the start
+    x = np.sort(legendre.legroots(series).real)
+    slope = legendre.legval(x, legendre.legder(series))
+    x = x - legendre.legval(x, series) / slope
+    x[0] = -1
+    return (1 - x[::-1]) / 2
+
+
+def _quadrature(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Gauss's nodes and weights on [0, 1]."""
     x, w = legendre.leggauss(count)
     return (x + 1) / 2, w / 2
@@ -38,7 +53,7 @@ def _basis(x: np.ndarray, count: int) -> np.ndarray:
 @lru_cache(maxsize=32)
 def _interpolation(count: int) -> np.ndarray:
     """From values at the nodes to coefficients in Legendre's polynomials."""
-    return np.linalg.inv(_basis(_nodes(count)[0], count))
+    return np.linalg.inv(_basis(_nodes(count), count))
 
 
 def _evaluation(count: int, x: np.ndarray) -> np.ndarray:
@@ -48,9 +63,9 @@ def _evaluation(count: int, x: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _integration(count: int, power: int) -> np.ndarray:
-    """From values at `t = x^power`, of Gauss's `x`, to the integral from 0 to every such `t`."""
-    x = _nodes(count)[0]
-    z, w = _nodes(count + power)
+    """From values at `t = x^power`, of the nodes `x`, to the integral from 0 to every such `t`."""
+    x = _nodes(count)
+    z, w = _quadrature(count + power)
     inner = x[:, None] * z
     values = _basis(inner, count) @ _interpolation(count)
     return np.einsum("tq,tqi->ti", power * inner ** (power - 1) * x[:, None] * w, values)
@@ -60,7 +75,7 @@ def _integration(count: int, power: int) -> np.ndarray:
 def _rough(count: int) -> np.ndarray:
     """Values at the nodes without the two highest degrees."""
     kept = np.arange(count) < count - 2
-    return _basis(_nodes(count)[0], count) * kept @ _interpolation(count)
+    return _basis(_nodes(count), count) * kept @ _interpolation(count)
 
 
 def _apply(matrix: np.ndarray | Array, f: Array) -> Array:
@@ -95,30 +110,34 @@ class _Product:
         count = len(self.nodes)
         return np.arange(count**2).reshape(count, count).T.ravel()
 
-    def on_clock(self, k: Float[Array, "*_ clock"]) -> Float[Array, "*_ times"]:
-        """A function of one time at the nodes."""
-        return k
-
     def integrate(self, integral: Array, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_ nodes"]:
         """`A f`."""
         return _apply_both(integral, integral, f)
 
-    def at_nodes(self, k: Float[Array, "*_ clock"]) -> tuple[Array, Array]:
+    def at_equal_times(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_ times"]:
+        """`f(t, t)` at the nodes of one time."""
+        count = len(self.nodes)
+        return f[..., :: count + 1]
+
+    def at_nodes(self, k: Float[Array, "*_ times"]) -> tuple[Array, Array]:
         """A function of one time at the first and at the second times of the nodes."""
-        k = self.on_clock(k)
         both = (*k.shape, k.shape[-1])
         first = jnp.broadcast_to(k[..., :, None], both)
         second = jnp.broadcast_to(k[..., None, :], both)
         return first.reshape(*k.shape[:-1], -1), second.reshape(*k.shape[:-1], -1)
 
+    def at_end(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_"]:
+        """`f(1, 1)`."""
+        return f[..., -1]
+
 
 @dataclass(frozen=True)
 class Square(_Product):
-    """The products of Gauss's nodes: spectral where the function is smooth on the whole square.
+    """The products of nodes: spectral where the function is smooth on the whole square.
 
     Attributes:
       count: nodes per time.
-      power: they are Gauss's to the power of this: 2 is for long times.
+      power: they are Radau's to the power of this: 2 is for long times.
       clock: nodes of a function of one time.
     """
 
@@ -128,12 +147,16 @@ class Square(_Product):
 
     @property
     def nodes(self) -> np.ndarray:
-        """Gauss's to the power."""
-        return _nodes(self.count)[0] ** self.power
+        """Radau's to the power."""
+        return _nodes(self.count) ** self.power
 
-    def on_clock(self, k: Float[Array, "*_ clock"]) -> Float[Array, "*_ times"]:
-        """A function of one time at the nodes."""
+    def from_clock(self, k: Float[Array, "*_ clock"]) -> Float[Array, "*_ times"]:
+        """A function of one time at the nodes of one time."""
         return _apply(_evaluation(self.clock, np.sqrt(self.nodes)), k)
+
+    def to_clock(self, k: Float[Array, "*_ times"]) -> Float[Array, "*_ clock"]:
+        """The reverse."""
+        return _apply(_evaluation(self.count, _nodes(self.clock) ** (2 / self.power)), k)
 
     def integral(self, T: Number, leak: Number | None, like: Array) -> Array:
         """What `integrate` needs: `(I + λ Q)⁻¹ Q` of one time."""
@@ -143,18 +166,6 @@ class Square(_Product):
         if leak is None:
             return Q
         return jnp.linalg.solve(jnp.eye(self.count, dtype=like.dtype) + leak * Q, Q)
-
-    def at_equal_times(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_ clock"]:
-        """`f(t, t)` on the clock."""
-        at = _evaluation(self.count, _nodes(self.clock)[0] ** (2 / self.power))
-        square = f.reshape(*f.shape[:-1], self.count, self.count)
-        at = jnp.asarray(at, f.dtype)
-        return jnp.einsum("...ab,ta,tb->...t", square, at, at)
-
-    def at_end(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_"]:
-        """`f(1, 1)`."""
-        end = _evaluation(self.count, np.ones(1))
-        return _apply_both(end, end, f)[..., 0]
 
     def rough(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_ nodes"]:
         """`f` without its highest degrees: what it changes is what the next ones would."""
@@ -210,34 +221,40 @@ class Triangles:
         """`A f`."""
         return _apply(integral, f)
 
-    def at_nodes(self, k: Float[Array, "*_ clock"]) -> tuple[Array, Array]:
-        """A function of one time at the first and at the second times of the nodes."""
-        first, second = (_evaluation(self.clock, np.sqrt(times)) for times in self.times)
-        return _apply(first, k), _apply(second, k)
+    def at_equal_times(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_ times"]:
+        """`f(t, t)` at the nodes of one time."""
+        return f[..., : self.count * self.across : self.across]
 
-    def at_equal_times(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_ clock"]:
-        """`f(t, t)` on the clock, the mean of both sides."""
-        late = _evaluation(self.count, _nodes(self.clock)[0] ** 2)
-        both = _apply_both(late, _evaluation(self.across, np.zeros(1)), self._sides(f))
-        return jnp.mean(both, axis=-2)
+    def at_nodes(self, k: Float[Array, "*_ times"]) -> tuple[Array, Array]:
+        """A function of one time at the first and at the second times of the nodes."""
+        late, early = (_apply(_evaluation(self.count, t), k) for t in self._halves())
+        return jnp.concatenate([late, early], -1), jnp.concatenate([early, late], -1)
+
+    def from_clock(self, k: Float[Array, "*_ clock"]) -> Float[Array, "*_ times"]:
+        """A function of one time at the nodes of one time."""
+        return _apply(_evaluation(self.clock, np.sqrt(_nodes(self.count))), k)
+
+    def to_clock(self, k: Float[Array, "*_ times"]) -> Float[Array, "*_ clock"]:
+        """The reverse."""
+        return _apply(_evaluation(self.count, _nodes(self.clock) ** 2), k)
 
     def at_end(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_"]:
-        """`f(1, 1)`, the mean of both sides."""
-        late = _evaluation(self.count, np.ones(1))
-        both = _apply_both(late, _evaluation(self.across, np.zeros(1)), self._sides(f))
-        return jnp.mean(both[..., 0], axis=-1)
+        """`f(1, 1)`."""
+        return self.at_equal_times(f)[..., -1]
 
     def rough(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_ nodes"]:
         """`f` without its highest degrees: what it changes is what the next ones would."""
-        return _apply_both(_rough(self.count), _rough(self.across), self._sides(f)).reshape(f.shape)
+        sides = f.reshape(*f.shape[:-1], 2, self.count * self.across)
+        across = _rough(self.across)[::-1, ::-1]  # they begin where the nodes of a time end
+        return _apply_both(_rough(self.count), across, sides).reshape(f.shape)
 
-    def _sides(self, f: Array) -> Array:
-        return f.reshape(*f.shape[:-1], 2, self.count * self.across)
+    def _halves(self) -> tuple[np.ndarray, np.ndarray]:
+        return _triangle(self.count, self.across)[:2]
 
 
 def _triangle(count: int, across: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The later and the earlier time, and `w`, of the nodes of one triangle."""
-    x, w = _nodes(count)[0], _nodes(across)[0]
+    x, w = _nodes(count), 1 - _nodes(across)[::-1]
     late, w = np.repeat(x, across), np.tile(w, count)
     return late, late * (1 - w) * (1 + w), w
 
@@ -251,7 +268,8 @@ def _integration_over_first(count: int, across: int) -> np.ndarray:
     """
     late, early, end = (each[:, None] for each in _triangle(count, across))
     half = count * across
-    to_coefficients = np.kron(_interpolation(count), _interpolation(across))
+    mirrored = _interpolation(across)[:, ::-1] * (-1.0) ** np.arange(across)[:, None]
+    to_coefficients = np.kron(_interpolation(count), mirrored)
 
     def along(first, second, weights):  # integrals of the products of polynomials
         values = np.einsum(
@@ -259,13 +277,13 @@ def _integration_over_first(count: int, across: int) -> np.ndarray:
         )
         return values.reshape(half, half) @ to_coefficients
 
-    z, weight = _nodes(across + 1)
+    z, weight = _quadrature(across + 1)
     # In the triangle t <= s the first coordinate is s: a = s (1 - w²) with w from 1 downwards.
     w = end + (1 - end) * z
     whole = along(late + 0 * w, w, late * 2 * w * (1 - end) * weight)
     w = z + 0 * end
     before = along(early + 0 * w, w, early * 2 * w * weight)
-    z, weight = _nodes(across + 30)
+    z, weight = _quadrature(across + 30)
     log = np.log(late / early)
     a, w = early * np.exp(log * z**2), np.sqrt(-np.expm1(-log * z**2))
     after = along(a, w, a * 2 * log * z * weight)
@@ -294,14 +312,16 @@ class Euler(_Product):
         powers = _powers(_kept(step, leak), self.count)
         return step * jnp.where(lag >= 0, powers[np.maximum(lag, 0)], 0)
 
-    def at_equal_times(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_ clock"]:
-        """`f(t, t)` on the clock."""
-        square = f.reshape(*f.shape[:-1], self.count + 1, self.count + 1)
-        return jnp.diagonal(square, axis1=-2, axis2=-1)
+    @property
+    def clock(self) -> int:
+        """The nodes of one time."""
+        return self.count + 1
 
-    def at_end(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_"]:
-        """`f(1, 1)`."""
-        return f[..., -1]
+    def from_clock(self, k: Float[Array, "*_ clock"]) -> Float[Array, "*_ times"]:
+        """The same."""
+        return k
+
+    to_clock = from_clock
 
     def rough(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_ nodes"]:
         """`f` itself: the sum of the layers is not an approximation."""

@@ -18,23 +18,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import neural_tangents as nt
+import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
 
+from nt_deq import _checks
 from nt_deq.fixed_point.implicit import implicit_vectors, keep, select, solve_linear
 from nt_deq.fixed_point.picard import Picard
 from nt_deq.fixed_point.solver import Evaluation, Solver, norm, rounding
-from nt_deq.kernels.cell import KernelMap, in_order, mirrored, swapped
-from nt_deq.kernels.tiles import by_tiles
+from nt_deq.kernels.cell import KernelMap, in_order
+from nt_deq.kernels.tiles import batch_size, mirrored
 from nt_deq.kernels.time_grids import Euler, Grid, Square, Triangles, answer
 from nt_deq.typing import Number
-
-_CLOCK = 48  # nodes of the variance as a function of time
 
 
 class Dynamics(NamedTuple):
@@ -100,64 +101,211 @@ class Prepared(NamedTuple):
     """A grid for given `T` and `leak`.
 
     Attributes:
+      grid: the nodes.
       integral: what its integration needs.
       answer: to what is injected.
     """
 
+    grid: Grid
     integral: Array
     answer: Float[Array, " nodes"]
 
 
-def _grids(dtype, steps: int | None) -> tuple[Grid, ...]:
+def grids_for(dtype: DTypeLike, steps: int | None) -> tuple[Grid, ...]:
     """From the cheapest on: smooth functions, kinks where the times meet, long times."""
     if steps is not None:
         return (Euler(steps),)
-    single = jnp.finfo(dtype).bits < 64
-    square, along, across, large = (8, 8, 14, 32) if single else (12, 18, 28, 48)
-    triangles = Triangles(along, across, _CLOCK)
-    return Square(square, 1, _CLOCK), triangles, Square(large, 2, _CLOCK)
+    if jnp.finfo(dtype).bits < 64:
+        return Square(9, 1, 32), Triangles(9, 15, 32), Square(32, 2, 32)
+    return Square(13, 1, 48), Triangles(18, 28, 48), Square(48, 2, 48)
 
 
-def solve_two_time(kernel_map: KernelMap, inject: nt.Kernel, dynamics: Dynamics) -> TwoTimeSolution:
+class Known(NamedTuple):
+    """What is known of the inputs with themselves, so far.
+
+    Attributes:
+      variances: on the clock.
+      exists: whether they are found.
+    """
+
+    variances: Float[Array, "inputs *block clock"]
+    exists: Bool[Array, " inputs"]
+
+
+class Jobs(NamedTuple):
+    """Batches of pairs: of all inputs with themselves first, then of two inputs.
+
+    Attributes:
+      first, second: the numbers of both inputs.
+      own: whether both are the same, so that `C` gives its own variances; one number per batch.
+      usable: whether it is a pair at all, with finite covariances.
+      same: whether the inputs are the same, as `Dropout` needs it.
+      nngp, ntk: of `inject(x)`; the latter where it is asked for.
+      mask1, mask2: of masked inputs, else `None`.
+    """
+
+    first: Int[Array, "*_ size"]
+    second: Int[Array, "*_ size"]
+    own: Bool[Array, "*_"]
+    usable: Bool[Array, "*_ size"]
+    same: Bool[Array, "*_ size"]
+    nngp: Float[Array, "*_"]
+    ntk: Float[Array, "*_"] | None
+    mask1: Bool[Array, "*_"] | None
+    mask2: Bool[Array, "*_"] | None
+
+
+def solve_two_time(
+    kernel_map: KernelMap, inject: nt.Kernel, dynamics: Dynamics, grids: Sequence[Grid]
+) -> TwoTimeSolution:
     """Solves the kernel of `z(T)`.
 
     Args:
       kernel_map: the cell's `kernel_fn`.
       inject: the kernel of `inject(x)`.
       dynamics: the rest of the equation.
+      grids: to try, from the cheapest on.
     """
-    cell, dtype = in_order(kernel_map), inject.nngp.dtype
-    tol, (T, leak, inject_always, steps, solver) = tolerance(dtype), dynamics
-    grids = [
-        (grid, Prepared(grid.integral(T, leak, inject.nngp),
-                        answer(grid, T, leak, inject_always, inject.nngp)))
-        for grid in _grids(dtype, steps)
-    ]  # fmt: skip
-    symmetric = inject.cov2 is None
-    ntk = None
-    if inject.ntk is not None and symmetric:
-        ntk = inject.ntk[jnp.diag_indices(len(inject.cov1))]
-    own1, variance1 = _solve_own(cell, inject, ntk, solver, grids, tol)
-    own2, variance2 = own1, variance1
+    (T, leak, inject_always, _, solver), like = dynamics, inject.nngp
+    prepared = [
+        Prepared(g, g.integral(T, leak, like), answer(g, T, leak, inject_always, like))
+        for g in grids
+    ]
+    tol, channels = tolerance(like.dtype), partial(_channels, in_order(kernel_map), inject)
+    nodes = len(grids[len(grids) // 2].mirror)  # few batches take the largest grid
+    covariances, jobs = _jobs(inject, batch_size(nodes * math.prod(like.shape[2:])))
+
+    def step(known: Known, job: Jobs) -> tuple[Known, Ends]:
+        exists = job.usable & (job.own | (known.exists[job.first] & known.exists[job.second]))
+        given = known.variances[job.first], known.variances[job.second]
+
+        def solve(prepared):
+            return _solve_on(prepared, channels, job, given, exists, solver)
+
+        variances, ends = _first_found(solve, prepared, exists, tol)
+        found = exists & _found(ends, tol)
+        # What is written past the end is left out.
+        numbers = jnp.where(job.own & found, job.first, len(known.exists))
+        known = Known(
+            known.variances.at[numbers].set(variances, mode="drop"),
+            known.exists.at[numbers].set(True, mode="drop"),
+        )
+        return known, ends._replace(converged=exists & ends.converged)
+
+    clock = jnp.repeat(covariances[..., None], grids[0].clock, axis=-1)
+    known = Known(clock, jnp.zeros(len(covariances), bool))
+    known, ends = lax.scan(jax.checkpoint(step, prevent_cse=False), known, jobs)
+    return _solution(inject, known.exists, ends, tol)
+
+
+def solve_with_fewest(
+    solve: Callable[[tuple[Grid, ...]], TwoTimeSolution], grids: tuple[Grid, ...], traced: bool
+) -> TwoTimeSolution:
+    """By the first two grids, and by all of them where those are not enough: each is compiled.
+
+    Args:
+      solve: by given grids.
+      grids: all.
+      traced: whether nobody will know if they are enough, so that all are needed.
+    """
+    if not traced:
+        found = solve(grids[:2])
+        if not _checks.is_traced(found) and np.all(_known(found)):
+            return found
+    return solve(grids)
+
+
+def _known(found: TwoTimeSolution) -> Bool[Array, "n1 n2"]:
+    return _found(found.pairs, found.tolerance)
+
+
+def _jobs(inject: nt.Kernel, size: int) -> tuple[Array, Jobs]:
+    """The covariances of all inputs with themselves, and batches of at most `size` pairs."""
+    k, (n1, n2) = inject, inject.nngp.shape[:2]
+    rows, columns = _pairs(inject)
+    symmetric = k.cov2 is None
+    covariances, masks = k.cov1, k.mask1
     if not symmetric:
-        own2, variance2 = _solve_own(cell, swapped(inject), None, solver, grids, tol)
-    exists1, exists2 = (_found(own, tol) for own in (own1, own2))
-    exists = exists1[:, None] & exists2[None, :]
-    pairs = _solve_pairs(cell, inject, variance1, variance2, exists, solver, grids, tol)
-    if symmetric:
-        diagonal = jnp.diag_indices(len(inject.cov1))
-        pairs = jax.tree.map(lambda whole, own: whole.at[diagonal].set(own), pairs, own1)
-    found = exists & _found(pairs, tol)
+        covariances = jnp.concatenate([k.cov1, k.cov2])
+        if masks is not None:
+            masks = jnp.concatenate([k.mask1, k.mask2])
+    own = np.arange(len(covariances))
+    size = min(size, max(len(own), len(rows)))
+
+    def batches(*parts):
+        parts = [
+            jnp.concatenate([part, jnp.zeros((-len(part) % size, *part.shape[1:]), part.dtype)])
+            for part in map(jnp.asarray, parts)
+        ]
+        whole = jnp.concatenate(parts)
+        return whole.reshape(-1, size, *whole.shape[1:])
+
+    finite = jnp.all(jnp.isfinite(covariances), axis=tuple(range(1, covariances.ndim)))
+    usable = batches(finite, jnp.ones(len(rows), bool))
+    nngp = batches(covariances, k.nngp[rows, columns])
+    ntk = None
+    if k.ntk is not None:
+        of_own = k.ntk[own, own] if symmetric else jnp.zeros_like(covariances)
+        ntk = select(usable, batches(of_own, k.ntk[rows, columns]), jnp.ones_like(nngp))
+    first, second = batches(own, rows), batches(own, columns if symmetric else n1 + columns)
+    jobs = Jobs(
+        first=first,
+        second=second,
+        own=jnp.arange(len(first)) < -(-len(own) // size),
+        usable=usable,
+        same=batches(np.ones(len(own), bool), k.x1_is_x2 & (rows == columns)),
+        nngp=select(usable, nngp, jnp.ones_like(nngp)),
+        ntk=ntk,
+        mask1=None if masks is None else masks[first],
+        mask2=None if masks is None else masks[second],
+    )
+    return select(finite, covariances, jnp.ones_like(covariances)), jobs
+
+
+def _pairs(inject: nt.Kernel) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of two inputs; where the second are the first, `i < j`."""
+    n1, n2 = inject.nngp.shape[:2]
+    if inject.cov2 is None:
+        return np.triu_indices(n1, 1)
+    rows, columns = np.indices((n1, n2)).reshape(2, -1)
+    return rows, columns
+
+
+def _solution(inject: nt.Kernel, exists: Array, ends: Ends, tol: float) -> TwoTimeSolution:
+    """The kernel, of what is known of all pairs."""
+    n1, n2 = inject.nngp.shape[:2]
+    rows, columns = _pairs(inject)
+    symmetric = inject.cov2 is None
+    mirror = partial(mirrored, inject.diagonal_spatial)
+
+    def flat(a):
+        return a.reshape(-1, *a.shape[2:])
+
+    def pairs(a):
+        size = a.shape[1]
+        of_own, of_two = flat(a)[: len(exists)], flat(a)[-(-len(exists) // size) * size :]
+        of_two = of_two[: len(rows)]
+        whole = jnp.zeros((n1, n2, *a.shape[2:]), a.dtype).at[rows, columns].set(of_two)
+        if symmetric:
+            whole = whole.at[columns, rows].set(mirror(of_two[:, None])[0])
+            whole = whole.at[jnp.diag_indices(n1)].set(of_own)
+        return whole
+
+    own1 = jax.tree.map(lambda a: flat(a)[:n1], ends)
+    own2 = own1 if symmetric else jax.tree.map(lambda a: flat(a)[n1 : n1 + n2], ends)
+    exists1, exists2 = exists[:n1], exists[-n2:]
+    both, of_pairs = exists1[:, None] & exists2, jax.tree.map(pairs, ends)
+    found = both & _found(of_pairs, tol)
     kernel = inject.replace(
         cov1=keep(exists1, own1.nngp),
         cov2=None if symmetric else keep(exists2, own2.nngp),
-        nngp=keep(found, pairs.nngp),
-        ntk=None if pairs.ntk is None else keep(found, pairs.ntk),
+        nngp=keep(found, of_pairs.nngp),
+        ntk=None if of_pairs.ntk is None else keep(found, of_pairs.ntk),
     )
-    pairs = pairs._replace(converged=pairs.converged | ~exists)
-    largest = _largest(inject.cov1, exists1.shape)
-    injected = largest, largest if inject.cov2 is None else _largest(inject.cov2, exists2.shape)
-    return TwoTimeSolution(kernel, injected, own1, own2, pairs, tol)
+    of_pairs = of_pairs._replace(converged=of_pairs.converged | ~both)
+    injected = _largest(inject.cov1, exists1.shape)
+    other = injected if symmetric else _largest(inject.cov2, exists2.shape)
+    return TwoTimeSolution(kernel, (injected, other), own1, own2, of_pairs, tol)
 
 
 def _found(ends: Ends, tol: float) -> Bool[Array, "*batch"]:
@@ -165,200 +313,136 @@ def _found(ends: Ends, tol: float) -> Bool[Array, "*batch"]:
 
 
 def _first_found(
-    solve: Callable, grids: Sequence[tuple[Grid, Prepared]], ends: Callable, tol: float, exists=True
-):
-    """The results of the first grid that is good enough, sample by sample; else of the best.
+    solve: Callable[[Prepared], tuple[Array, Ends]],
+    grids: Sequence[Prepared],
+    exists: Bool[Array, "*batch"],
+    tol: float,
+) -> tuple[Array, Ends]:
+    """The results of the first grid that is good enough, pair by pair; else of the best.
 
     At a kink the last degrees are a fraction of the error: the first grid must reach a quarter.
     """
-    result, bound = solve(*grids[0]), tol / 4
-    for grid, prepared in grids[1:]:
+    result, bound = solve(grids[0]), tol / 4
+    for prepared in grids[1:]:
 
-        def improve(result, grid=grid, prepared=prepared, bound=bound):
-            better = solve(grid, prepared)
-            worse = ends(better).converged & ~(ends(result).error <= ends(better).error)
-            take = worse & ~_found(ends(result), bound)
-            return jax.tree.map(lambda a, b: jnp.where(_over(take, a), b, a), result, better)
+        def improve(result, prepared=prepared, bound=bound):
+            better = solve(prepared)
+            take = better[1].converged & ~(result[1].error <= better[1].error)
+            take &= ~_found(result[1], bound)
+            return jax.tree.map(lambda a, b: select(take, b, a), result, better)
 
-        settled = _found(ends(result), bound) | ~jnp.asarray(exists)
+        settled = _found(result[1], bound) | ~exists
         result = lax.cond(jnp.all(settled), lambda result: result, improve, result)
         bound = tol
     return result
 
 
-def _solve_own(cell, inject, ntk, solver, grids, tol) -> tuple[Ends, Array]:
-    """Every input with itself; and its variance on the clock, `(n, ..., clock)`."""
+def _channels(cell, inject, k1, k2, nngp, ntk, same, mask1, mask2) -> tuple[Array, Array | None]:
+    """What the cell makes of pairs at their nodes, `(size, *block, nodes)`."""
     one = inject.slice(slice(0, 1), slice(0, 1))
-    injected, mask = inject.cov1, inject.mask1
 
-    def channels(k1, k2, nngp, ntk):  # of one input at one pair of times
-        def at(k1, k2, nngp, ntk, mask):
-            k = one.replace(
-                cov1=k1[None], cov2=k2[None], nngp=nngp[None, None],
-                ntk=None if ntk is None else ntk[None, None],
-                x1_is_x2=jnp.array(True),  # Dropout adds to the covariance of an input with itself
-                mask1=None if mask is None else mask[None],
-                mask2=None if mask is None else mask[None],
-            )  # fmt: skip
-            k = cell(k)
-            return k.nngp[0, 0], None if ntk is None else k.ntk[0, 0]
+    def at(k1, k2, nngp, ntk, same, mask1, mask2):  # of one pair at one node
+        out = cell(one.replace(
+            cov1=k1[None], cov2=k2[None], nngp=nngp[None, None],
+            ntk=None if ntk is None else ntk[None, None], x1_is_x2=same,
+            mask1=None if mask1 is None else mask1[None],
+            mask2=None if mask2 is None else mask2[None],
+        ))  # fmt: skip
+        return out.nngp[0, 0], None if ntk is None else out.ntk[0, 0]
 
-        over_times = jax.vmap(at, (-1, -1, -1, -1, None), -1)
-        return jax.vmap(over_times)(k1, k2, nngp, ntk, mask)
-
-    usable = jnp.all(jnp.isfinite(injected), axis=tuple(range(1, injected.ndim)))
-    safe = select(usable, injected, jnp.ones_like(injected))
-    ntk = None if ntk is None else select(usable, ntk, jnp.ones_like(ntk))
-
-    def solve(grid, prepared):
-        def variances(nngp):
-            return grid.at_nodes(grid.at_equal_times(nngp))
-
-        nngp, ends = _solve_on(grid, prepared, channels, variances, safe, ntk, usable, solver)
-        clock = grid.at_equal_times(nngp)
-        start = jnp.broadcast_to(safe[..., None], clock.shape)
-        ends = ends._replace(converged=ends.converged & usable)
-        return ends, select(ends.converged, clock, start)
-
-    return _first_found(solve, grids, lambda result: result[0], tol)
-
-
-def _solve_pairs(cell, k, variance1, variance2, exists, solver, grids, tol) -> Ends:
-    """All pairs, tile by tile."""
-
-    def tile(rows, columns, pairs):
-        (variance1, mask1), (variance2, mask2) = rows, columns
-        injected, ntk, exists = pairs
-
-        def channels(k1, k2, nngp, ntk):
-            def at(k1, k2, nngp, ntk):
-                out = cell(k.replace(
-                    cov1=k1, cov2=k2, nngp=nngp, ntk=ntk, x1_is_x2=jnp.array(False),
-                    mask1=mask1, shape1=(len(k1), *k.shape1[1:]),
-                    mask2=mask2, shape2=(len(k2), *k.shape2[1:]),
-                ))  # fmt: skip
-                return out.nngp, out.ntk
-
-            return jax.vmap(at, -1, -1)(k1, k2, nngp, ntk)
-
-        def solve(grid, prepared):
-            variances = grid.at_nodes(variance1)[0], grid.at_nodes(variance2)[1]
-            return _solve_on(grid, prepared, channels, variances, injected, ntk, exists, solver)[1]
-
-        return _first_found(solve, grids, lambda ends: ends, tol, exists)
-
-    rows = variance1, k.mask1
-    columns = rows if k.cov2 is None else (variance2, k.mask2)
-    mirror = partial(mirrored, k.diagonal_spatial) if k.cov2 is None else None
-    nodes = len(grids[len(grids) // 2][0].mirror)  # few tiles take the largest one
-    pairs = k.nngp, k.ntk, exists
-    return by_tiles(jax.checkpoint(tile), rows, columns, pairs, mirror, nodes)
+    over_nodes = jax.vmap(at, (-1, -1, -1, -1, None, None, None), -1)
+    return jax.vmap(over_nodes)(k1, k2, nngp, ntk, same, mask1, mask2)
 
 
 def _solve_on(
-    grid: Grid,
     prepared: Prepared,
     channels: Callable,
-    variances: Any,
-    injected,
-    ntk,
-    exists,
-    solver,
+    job: Jobs,
+    given: tuple[Array, Array],
+    exists: Bool[Array, " size"],
+    solver: Solver,
 ) -> tuple[Array, Ends]:
-    """`C`, and `Ξ` where it is asked for, on the nodes of a grid.
+    """`C(t, t)` on the clock, and the ends, by one grid.
 
-    Both are one vector per sample: neither costs more than the other at the same `C`.
+    `C` and, where it is asked for, `Ξ` are one vector per pair: neither costs more than the other
+    at the same `C`.
 
     Args:
-      grid: the nodes.
-      prepared: for these `T` and `leak`.
-      channels: `(k1, k2, nngp, ntk)` at the nodes, along the last axis, to what the cell makes.
-      variances: those of the first and second inputs at the nodes, or the function that makes them
-        of `C`, where the inputs are the same.
-      injected: the covariance of `inject(x)`, `(*batch, *block)`.
-      ntk: likewise, or `None`.
-      exists: `(*batch,)`; where false, `C` and `Ξ` are what is injected.
+      prepared: the grid.
+      channels: what the cell makes of pairs at nodes.
+      job: the pairs.
+      given: the variances of both inputs on the clock, of pairs of two.
+      exists: where false, `C` and `Ξ` are what is injected.
       solver: of the integral equation.
-
-    Returns:
-      `C` at the nodes, and the ends.
     """
-    batch = exists.shape
-    given = () if callable(variances) else variances
-    shape = (*injected.shape, len(grid.mirror))
+    grid, dtype = prepared.grid, job.nngp.dtype
+    given = [grid.at_nodes(grid.from_clock(k))[side] for side, k in enumerate(given)]
+    shape = (*job.nngp.shape, len(grid.mirror))
+    sources = [job.nngp] if job.ntk is None else [job.nngp, job.ntk]
+    pairs = job.own, job.same, job.mask1, job.mask2
 
-    def cell(nngp, ntk, given):
-        k1, k2 = variances(nngp) if callable(variances) else given
-        return channels(k1, k2, nngp, ntk)
+    def variances(nngp, own, given):
+        itself = grid.at_nodes(grid.at_equal_times(nngp))
+        return [jnp.where(own, a, b) for a, b in zip(itself, given, strict=True)]
 
-    nodes = jnp.zeros(shape, injected.dtype)
-    converted, closed_over = jax.closure_convert(cell, nodes, None if ntk is None else nodes, given)
-    sources = (injected, ntk)
+    def cell(nngp, ntk, given, pairs):
+        own, *rest = pairs
+        return channels(*variances(nngp, own, given), nngp, ntk, *rest)
 
-    def split(y):  # one axis of numbers per sample into C and Ξ
-        y = y.reshape(*batch, -1, math.prod(shape[len(batch) :]))
-        parts = [part.reshape(shape) for part in jnp.moveaxis(y, len(batch), 0)]
-        return tuple(parts) if ntk is not None else (*parts, None)
+    nodes = jnp.zeros(shape, dtype)
+    ntk = None if job.ntk is None else nodes
+    converted, closed_over = jax.closure_convert(cell, nodes, ntk, given, pairs)
+
+    def split(y):  # one axis of numbers per pair into C and Ξ
+        parts = [part.reshape(shape) for part in jnp.split(y, len(sources), axis=-1)]
+        return parts if len(parts) == 2 else [*parts, None]
 
     def join(parts):
-        return jnp.concatenate([a.reshape(*batch, -1) for a in parts if a is not None], axis=-1)
+        return jnp.concatenate([a.reshape(len(a), -1) for a in parts if a is not None], axis=-1)
 
-    def base(sources, prepared):
-        answer = jnp.broadcast_to(prepared.answer, shape)
-        return [None if a is None else a[..., None] * answer for a in sources]
+    def base(sources, answer):
+        return join([a[..., None] * answer for a in sources])
 
     def layer(y, args):
-        sources, prepared, given, exists, closed_over = args
-        start = join(base(sources, prepared))
-        made = converted(*split(y), given, *closed_over)
-        made = [None if a is None else grid.integrate(prepared.integral, a) for a in made]
-        return jnp.where(exists[..., None], start + join(made), start)
+        sources, answer, integral, given, pairs, exists, closed_over = args
+        start = base(sources, answer)
+        made = converted(*split(y), given, pairs, *closed_over)
+        made = [None if a is None else grid.integrate(integral, a) for a in made]
+        return jnp.where(exists[:, None], start + join(made), start)
 
-    unit = 2 * rounding(injected.dtype)
-    args = sources, prepared, given, exists, closed_over
+    args = sources, prepared.answer, prepared.integral, given, pairs, exists, closed_over
     known = lax.stop_gradient(args)
-    scale = None if callable(variances) else _scale(*lax.stop_gradient(variances))
-    start = join(base(*known[:2]))
+    scale = jnp.where(job.own, 0, _scale(*known[3]))
+    start = base(*known[:2])
     root = solver.solve_vectors(
-        lambda y, args: Evaluation(layer(y, args), scale), start, known, unit, keep_best=False
+        lambda y, args: Evaluation(layer(y, args), scale), start, known, rounding(dtype), False
     )
     value = select(root.converged, root.value, start)
-    nngp, theta = split(implicit_vectors(layer, partial(_solve_linear, solver, unit), value, args))
+    nngp, ntk = split(implicit_vectors(layer, partial(_solve_linear, solver), value, args))
 
-    found = lax.stop_gradient(variances(nngp) if callable(variances) else variances)
-    error, most = jnp.zeros(batch, injected.dtype), _largest_variance(found, batch)
-    for each in lax.stop_gradient((nngp, theta)):
-        if each is not None:
-            most = jnp.maximum(most, _largest(each, batch))
-            missing = _largest(each - grid.rough(each), batch)
-            error = jnp.maximum(error, missing / jnp.where(most == 0, 1, most))
-    end = None if theta is None else grid.at_end(theta)
-    return nngp, Ends(grid.at_end(nngp), end, error, root.residual, root.converged)
-
-
-def _over(good: Array, y: Array) -> Array:
-    """A Boolean of samples with an axis for every one of `y`."""
-    return good.reshape(good.shape + (1,) * (y.ndim - good.ndim))
+    batch = exists.shape
+    found = lax.stop_gradient([a for a in (nngp, ntk) if a is not None])
+    k1, k2 = (_largest(k, batch) for k in variances(found[0], job.own, known[3]))
+    most = jnp.sqrt(k1) * jnp.sqrt(k2)
+    for each in found:
+        most = jnp.maximum(most, _largest(each, batch))
+    missing = [_largest(each - grid.rough(each), batch) for each in found]
+    error = sum(missing[1:], missing[0]) / jnp.where(most == 0, 1, most)
+    end = None if ntk is None else grid.at_end(ntk)
+    ends = Ends(grid.at_end(nngp), end, error, root.residual, root.converged)
+    return grid.to_clock(grid.at_equal_times(nngp)), ends
 
 
 def _largest(y: Array, batch: tuple[int, ...]) -> Array:
     return jnp.max(jnp.abs(y.reshape(*batch, -1)), axis=-1)
 
 
-def _largest_variance(variances: tuple[Array, Array], batch: tuple[int, ...]) -> Array:
-    """`√(k k')` with the largest of each."""
-    first, second = (_largest(k, k.shape[:1]) for k in variances)
-    if len(batch) == 1:
-        return first
-    return jnp.sqrt(first)[:, None] * jnp.sqrt(second)[None, :]
-
-
 def _scale(k1: Array, k2: Array) -> Array:
-    """`√(‖K(x, x)‖ ‖K(x', x')‖)` over the nodes, `(n1, n2)`."""
+    """`√(‖K(x, x)‖ ‖K(x', x')‖)` over the nodes, one number per pair."""
     first, second = (jnp.sqrt(norm(k.reshape(len(k), -1))) for k in (k1, k2))
-    return first[:, None] * second[None, :]
+    return first * second
 
 
-def _solve_linear(solver, unit, matvec, b):
-    solution = solve_linear(solver, matvec, b, unit)
+def _solve_linear(solver, matvec, b):
+    solution = solve_linear(solver, matvec, b, rounding(b.dtype))
     return select(solution.converged, solution.value, jnp.nan)
