@@ -185,7 +185,8 @@ def raise_unless_cell_solved(
 
 def raise_unless_two_time_solved(solution: TwoTimeSolution, T: Number) -> None:
     """The same of `stax.NeuralODE`."""
-    _, variances, own1, own2, pairs, tolerance = solution
+    _, variances, own1, own2, pairs = solution
+    tolerance = solution.tolerance
     if _checks.is_traced(solution):
         return
     for side, injected, own in zip(("x1", "x2"), variances, (own1, own2), strict=True):

@@ -126,9 +126,10 @@ class _Product:
         second = jnp.broadcast_to(k[..., None, :], both)
         return first.reshape(*k.shape[:-1], -1), second.reshape(*k.shape[:-1], -1)
 
-    def at_end(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_"]:
-        """`f(1, 1)`."""
-        return f[..., -1]
+    @property
+    def end(self) -> int:
+        """The number of the node `(1, 1)`."""
+        return len(self.nodes) ** 2 - 1
 
 
 @dataclass(frozen=True)
@@ -238,9 +239,10 @@ class Triangles:
         """The reverse."""
         return _apply(_evaluation(self.count, _nodes(self.clock) ** 2), k)
 
-    def at_end(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_"]:
-        """`f(1, 1)`."""
-        return self.at_equal_times(f)[..., -1]
+    @property
+    def end(self) -> int:
+        """The number of the node `(1, 1)`, or of one of the two."""
+        return (self.count - 1) * self.across
 
     def rough(self, f: Float[Array, "*_ nodes"]) -> Float[Array, "*_ nodes"]:
         """`f` without its highest degrees: what it changes is what the next ones would."""

@@ -81,7 +81,6 @@ class TwoTimeSolution(NamedTuple):
       injected: the largest variances of `inject(x)`, of the first and of the second inputs.
       own1, own2: of the first and of the second inputs with themselves.
       pairs: of the pairs.
-      tolerance: what an error must not exceed.
     """
 
     kernel: nt.Kernel
@@ -89,11 +88,15 @@ class TwoTimeSolution(NamedTuple):
     own1: Ends
     own2: Ends
     pairs: Ends
-    tolerance: float
+
+    @property
+    def tolerance(self) -> float:
+        """What an error must not exceed."""
+        return tolerance(self.pairs.error.dtype)
 
 
-def tolerance(dtype) -> float:
-    """The largest relative error that the choice of nodes may leave."""
+def tolerance(dtype: DTypeLike) -> float:
+    """The largest relative error that the choice of nodes may leave, as it is estimated."""
     return 1e-6 if jnp.finfo(dtype).bits < 64 else 1e-9
 
 
@@ -210,13 +213,14 @@ def solve_with_fewest(
     """
     if not traced:
         found = solve(grids[:2])
-        if not _checks.is_traced(found) and np.all(_known(found)):
+        if not _checks.is_traced(found) and _all_found(found):
             return found
     return solve(grids)
 
 
-def _known(found: TwoTimeSolution) -> Bool[Array, "n1 n2"]:
-    return _found(found.pairs, found.tolerance)
+def _all_found(solution: TwoTimeSolution) -> bool:
+    ends = solution.own1, solution.own2, solution.pairs
+    return all(np.all(_found(each, solution.tolerance)) for each in ends)
 
 
 def _jobs(inject: nt.Kernel, size: int) -> tuple[Array, Jobs]:
@@ -294,7 +298,7 @@ def _solution(inject: nt.Kernel, exists: Array, ends: Ends, tol: float) -> TwoTi
     own1 = jax.tree.map(lambda a: flat(a)[:n1], ends)
     own2 = own1 if symmetric else jax.tree.map(lambda a: flat(a)[n1 : n1 + n2], ends)
     exists1, exists2 = exists[:n1], exists[-n2:]
-    both, of_pairs = exists1[:, None] & exists2, jax.tree.map(pairs, ends)
+    both, of_pairs = exists1[:, None] & exists2[None, :], jax.tree.map(pairs, ends)
     found = both & _found(of_pairs, tol)
     kernel = inject.replace(
         cov1=keep(exists1, own1.nngp),
@@ -305,7 +309,7 @@ def _solution(inject: nt.Kernel, exists: Array, ends: Ends, tol: float) -> TwoTi
     of_pairs = of_pairs._replace(converged=of_pairs.converged | ~both)
     injected = _largest(inject.cov1, exists1.shape)
     other = injected if symmetric else _largest(inject.cov2, exists2.shape)
-    return TwoTimeSolution(kernel, (injected, other), own1, own2, of_pairs, tol)
+    return TwoTimeSolution(kernel, (injected, other), own1, own2, of_pairs)
 
 
 def _found(ends: Ends, tol: float) -> Bool[Array, "*batch"]:
@@ -320,21 +324,25 @@ def _first_found(
 ) -> tuple[Array, Ends]:
     """The results of the first grid that is good enough, pair by pair; else of the best.
 
-    At a kink the last degrees are a fraction of the error: the first grid must reach a quarter.
+    At a kink the last degrees are a fraction of the error: the first grid must reach a 16th.
     """
-    result, bound = solve(grids[0]), tol / 4
+    result, bound = solve(grids[0]), tol / 16
     for prepared in grids[1:]:
 
         def improve(result, prepared=prepared, bound=bound):
             better = solve(prepared)
             take = better[1].converged & ~(result[1].error <= better[1].error)
             take &= ~_found(result[1], bound)
-            return jax.tree.map(lambda a, b: select(take, b, a), result, better)
+            return jax.tree.map(partial(_where, take), better, result)
 
         settled = _found(result[1], bound) | ~exists
         result = lax.cond(jnp.all(settled), lambda result: result, improve, result)
         bound = tol
     return result
+
+
+def _where(take: Bool[Array, "*batch"], a: Array, b: Array) -> Array:
+    return jnp.where(take.reshape(take.shape + (1,) * (a.ndim - take.ndim)), a, b)
 
 
 def _channels(cell, inject, k1, k2, nngp, ntk, same, mask1, mask2) -> tuple[Array, Array | None]:
@@ -378,63 +386,78 @@ def _solve_on(
     grid, dtype = prepared.grid, job.nngp.dtype
     given = [grid.at_nodes(grid.from_clock(k))[side] for side, k in enumerate(given)]
     shape = (*job.nngp.shape, len(grid.mirror))
-    sources = [job.nngp] if job.ntk is None else [job.nngp, job.ntk]
+    sources = (job.nngp,) if job.ntk is None else (job.nngp, job.ntk)
     pairs = job.own, job.same, job.mask1, job.mask2
 
     def variances(nngp, own, given):
         itself = grid.at_nodes(grid.at_equal_times(nngp))
         return [jnp.where(own, a, b) for a, b in zip(itself, given, strict=True)]
 
-    def cell(nngp, ntk, given, pairs):
+    def cell(integrals, given, pairs):
         own, *rest = pairs
-        return channels(*variances(nngp, own, given), nngp, ntk, *rest)
+        nngp, *ntk = integrals
+        made = channels(*variances(nngp, own, given), nngp, *(ntk or [None]), *rest)
+        return made[: len(integrals)]
 
-    nodes = jnp.zeros(shape, dtype)
-    ntk = None if job.ntk is None else nodes
-    converted, closed_over = jax.closure_convert(cell, nodes, ntk, given, pairs)
+    nodes = (jnp.zeros(shape, dtype),) * len(sources)
+    converted, closed_over = jax.closure_convert(cell, nodes, given, pairs)
 
-    def split(y):  # one axis of numbers per pair into C and Ξ
-        parts = [part.reshape(shape) for part in jnp.split(y, len(sources), axis=-1)]
-        return parts if len(parts) == 2 else [*parts, None]
+    def split(y):
+        return tuple(part.reshape(shape) / weights for part in jnp.split(y, len(sources), axis=-1))
 
     def join(parts):
-        return jnp.concatenate([a.reshape(len(a), -1) for a in parts if a is not None], axis=-1)
-
-    def base(sources, answer):
-        return join([a[..., None] * answer for a in sources])
+        return jnp.concatenate([(a * weights).reshape(len(a), -1) for a in parts], axis=-1)
 
     def layer(y, args):
-        sources, answer, integral, given, pairs, exists, closed_over = args
-        start = base(sources, answer)
-        made = converted(*split(y), given, pairs, *closed_over)
-        made = [None if a is None else grid.integrate(integral, a) for a in made]
-        return jnp.where(exists[:, None], start + join(made), start)
+        base, integral, given, pairs, exists, closed_over = args
+        made = converted(split(y), given, pairs, *closed_over)
+        made = [a + grid.integrate(integral, b) for a, b in zip(base, made, strict=True)]
+        return jnp.where(exists[:, None], join(made), join(base))
 
-    args = sources, prepared.answer, prepared.integral, given, pairs, exists, closed_over
+    weights = _weights(grid, dtype, len(shape))
+    answered = prepared.answer.reshape(weights.shape)
+    base = tuple(a[..., None] * answered for a in sources)
+    args = base, prepared.integral, given, pairs, exists, closed_over
     known = lax.stop_gradient(args)
-    scale = jnp.where(job.own, 0, _scale(*known[3]))
-    start = base(*known[:2])
+    scale = jnp.where(job.own, 0, _scale(*(k * weights for k in known[2])))
+    start = join(known[0])
     root = solver.solve_vectors(
         lambda y, args: Evaluation(layer(y, args), scale), start, known, rounding(dtype), False
     )
-    value = select(root.converged, root.value, start)
-    nngp, ntk = split(implicit_vectors(layer, partial(_solve_linear, solver), value, args))
+    # One step more: what the solver leaves is averaged by the integral.
+    y = select(root.converged, layer(root.value, known), start)
+    nngp, *ntk = split(implicit_vectors(layer, partial(_solve_linear, solver), y, args))
 
-    batch = exists.shape
-    found = lax.stop_gradient([a for a in (nngp, ntk) if a is not None])
-    k1, k2 = (_largest(k, batch) for k in variances(found[0], job.own, known[3]))
+    batch, found = exists.shape, lax.stop_gradient([nngp, *ntk])
+    k1, k2 = (_largest(k, batch) for k in variances(found[0], job.own, known[2]))
     most = jnp.sqrt(k1) * jnp.sqrt(k2)
     for each in found:
         most = jnp.maximum(most, _largest(each, batch))
-    missing = [_largest(each - grid.rough(each), batch) for each in found]
-    error = sum(missing[1:], missing[0]) / jnp.where(most == 0, 1, most)
-    end = None if ntk is None else grid.at_end(ntk)
-    ends = Ends(grid.at_end(nngp), end, error, root.residual, root.converged)
+    missing = sum(_spread(each - grid.rough(each)) for each in found)
+    error = missing / jnp.where(most == 0, 1, most)
+    ends = [each[..., grid.end] for each in (nngp, *ntk)]
+    ends = Ends(ends[0], ends[1] if ntk else None, error, root.residual, root.converged)
     return grid.to_clock(grid.at_equal_times(nngp)), ends
+
+
+def _weights(grid: Grid, dtype: DTypeLike, ndim: int) -> np.ndarray:
+    """By which the nodes count in the norm of a residual: the end as much as all others.
+
+    They are the last of so many axes.
+    """
+    count = len(grid.mirror)
+    weights = np.where(np.arange(count) == grid.end, 1, count**-0.5)
+    return weights.reshape((1,) * (ndim - 1) + (count,)).astype(dtype)
 
 
 def _largest(y: Array, batch: tuple[int, ...]) -> Array:
     return jnp.max(jnp.abs(y.reshape(*batch, -1)), axis=-1)
+
+
+def _spread(y: Float[Array, "size *block nodes"]) -> Float[Array, " size"]:
+    """The largest quadratic mean over the nodes: rounding is less of it than of the largest."""
+    mean = jnp.sqrt(jnp.mean(jnp.square(y), axis=-1))
+    return _largest(mean, mean.shape[:1])
 
 
 def _scale(k1: Array, k2: Array) -> Array:

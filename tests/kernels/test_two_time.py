@@ -10,7 +10,7 @@ from jax import lax, random
 from scipy.special import iv
 
 from nt_deq import Anderson, Newton, NotConvergedError, deq_kernel, stax
-from nt_deq.kernels import tiles, two_time
+from nt_deq.kernels import tiles
 from nt_deq.kernels.time_grids import Square, Triangles
 
 X = np.array([[1.0, 2, -1], [0.5, -1, 2], [2, 0, 1]])
@@ -103,7 +103,7 @@ def test_near_inputs_are_as_exact_as_others(x64, monkeypatch):
     x, aside = X[0], np.array([0, 0, 1.0])
     x2 = np.stack([x, x + 1e-6 * aside, x + 1e-3 * aside, 2 * x, X[1]])
     kernel = ode("relu")[2](X[:1], x2)
-    monkeypatch.setattr(two_time, "_grids", lambda *_: (Triangles(18, 44, 48),))
+    monkeypatch.setattr(stax, "grids_for", lambda *_: (Triangles(18, 44, 48),))
     finer = ode("relu")[2](X[:1], x2)
     np.testing.assert_allclose(kernel.nngp, finer.nngp, rtol=1e-10)
     np.testing.assert_allclose(kernel.ntk, finer.ntk, rtol=1e-9)
@@ -180,7 +180,7 @@ def test_an_input_that_overflows_leaves_the_others_alone(x64):
 
 
 def test_too_few_nodes_are_an_error(x64, monkeypatch):
-    monkeypatch.setattr(two_time, "_grids", lambda *_: (Square(5, 1, 48),))
+    monkeypatch.setattr(stax, "grids_for", lambda *_: (Square(5, 1, 48),))
     layer = ode("erf", 1.5, T=2.0)[2]
     with pytest.raises(NotConvergedError, match=r"nodes in time are too few .* until T=2"):
         layer(X)
