@@ -43,7 +43,7 @@ from nt_deq.kernels.equations import Injection, dense_solver, solve_equilibrium
 from nt_deq.kernels.nonlinearity import apply_dual
 from nt_deq.kernels.series import Chebyshev
 from nt_deq.kernels.tiled import tiled
-from nt_deq.kernels.two_time import Dynamics, grids_for, solve_with_fewest, solve_two_time
+from nt_deq.kernels.two_time import Dynamics, grids_for, solve_two_time, solve_with_fewest
 from nt_deq.trajectory import euler, trajectory_end
 from nt_deq.typing import AnyLayer, Layer, LayerKernelFn, Number
 
@@ -302,8 +302,10 @@ def NeuralODE(
     all times (Gao, Sun, Liu & Gao, arXiv 2509.22436). With `leak=1` and `inject_always` the
     equilibrium of the ODE is that of `FixedPoint(cell, inject)`, which it approaches as `T` grows.
 
-    The kernel of a pair has a relative error of at most 1e-6 in float32 and 1e-9 in float64, or
-    none; that of the residual network is exact.
+    The kernel is that of a spectral method in both times, whose nodes are as many as an estimate of
+    its own error asks for: at most 1e-6 of `√(k k')` in float32 and 1e-9 in float64, or no number
+    at all. The estimate is what the highest two degrees of the solution change, not a bound. That
+    of the residual network is exact. In float32 rounding adds up to 1e-6.
 
     Args:
       cell: `(init_fn, apply_fn, kernel_fn)` of what moves the state, for example

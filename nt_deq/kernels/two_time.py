@@ -225,13 +225,13 @@ def _all_found(solution: TwoTimeSolution) -> bool:
 
 def _jobs(inject: nt.Kernel, size: int) -> tuple[Array, Jobs]:
     """The covariances of all inputs with themselves, and batches of at most `size` pairs."""
-    k, (n1, n2) = inject, inject.nngp.shape[:2]
+    k, n1 = inject, inject.nngp.shape[0]
     rows, columns = _pairs(inject)
     symmetric = k.cov2 is None
     covariances, masks = k.cov1, k.mask1
-    if not symmetric:
+    if k.cov2 is not None:
         covariances = jnp.concatenate([k.cov1, k.cov2])
-        if masks is not None:
+        if k.mask1 is not None and k.mask2 is not None:
             masks = jnp.concatenate([k.mask1, k.mask2])
     own = np.arange(len(covariances))
     size = min(size, max(len(own), len(rows)))
@@ -307,8 +307,9 @@ def _solution(inject: nt.Kernel, exists: Array, ends: Ends, tol: float) -> TwoTi
         ntk=None if of_pairs.ntk is None else keep(found, of_pairs.ntk),
     )
     of_pairs = of_pairs._replace(converged=of_pairs.converged | ~both)
-    injected = _largest(inject.cov1, exists1.shape)
-    other = injected if symmetric else _largest(inject.cov2, exists2.shape)
+    injected = other = _largest(inject.cov1, exists1.shape)
+    if inject.cov2 is not None:
+        other = _largest(inject.cov2, exists2.shape)
     return TwoTimeSolution(kernel, (injected, other), own1, own2, of_pairs)
 
 
@@ -384,7 +385,8 @@ def _solve_on(
       solver: of the integral equation.
     """
     grid, dtype = prepared.grid, job.nngp.dtype
-    given = [grid.at_nodes(grid.from_clock(k))[side] for side, k in enumerate(given)]
+    k1, k2 = (grid.at_nodes(grid.from_clock(k))[side] for side, k in enumerate(given))
+    given = k1, k2
     shape = (*job.nngp.shape, len(grid.mirror))
     sources = (job.nngp,) if job.ntk is None else (job.nngp, job.ntk)
     pairs = job.own, job.same, job.mask1, job.mask2
@@ -429,8 +431,8 @@ def _solve_on(
     nngp, *ntk = split(implicit_vectors(layer, partial(_solve_linear, solver), y, args))
 
     batch, found = exists.shape, lax.stop_gradient([nngp, *ntk])
-    k1, k2 = (_largest(k, batch) for k in variances(found[0], job.own, known[2]))
-    most = jnp.sqrt(k1) * jnp.sqrt(k2)
+    first, second = (_largest(k, batch) for k in variances(found[0], job.own, known[2]))
+    most = jnp.sqrt(first) * jnp.sqrt(second)
     for each in found:
         most = jnp.maximum(most, _largest(each, batch))
     missing = sum(_spread(each - grid.rough(each)) for each in found)
