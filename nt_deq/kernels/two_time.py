@@ -142,7 +142,7 @@ class Jobs(NamedTuple):
       first, second: the numbers of both inputs.
       own: whether both are the same, so that `C` gives its own variances; one number per batch.
       usable: whether it is a pair at all, with finite covariances.
-      same: whether the inputs are the same, as `Dropout` needs it.
+      same: whether the inputs are the same, which the first batches solve, and `Dropout` must know.
       nngp, ntk: of `inject(x)`; the latter where it is asked for.
       mask1, mask2: of masked inputs, else `None`.
     """
@@ -179,7 +179,8 @@ def solve_two_time(
     covariances, jobs = _jobs(inject, batch_size(nodes * math.prod(like.shape[2:])))
 
     def step(known: Known, job: Jobs) -> tuple[Known, Ends]:
-        exists = job.usable & (job.own | (known.exists[job.first] & known.exists[job.second]))
+        of_two = ~job.same & known.exists[job.first] & known.exists[job.second]
+        exists = job.usable & (job.own | of_two)
         given = known.variances[job.first], known.variances[job.second]
 
         def solve(prepared):
@@ -249,7 +250,9 @@ def _jobs(inject: nt.Kernel, size: int) -> tuple[Array, Jobs]:
     nngp = batches(covariances, k.nngp[rows, columns])
     ntk = None
     if k.ntk is not None:
-        of_own = k.ntk[own, own] if symmetric else jnp.zeros_like(covariances)
+        of_own = jnp.zeros_like(covariances)
+        if symmetric or n1 == k.nngp.shape[1]:  # of the first inputs, if the second are the same
+            of_own = of_own.at[:n1].set(k.ntk[own[:n1], own[:n1]])
         ntk = select(usable, batches(of_own, k.ntk[rows, columns]), jnp.ones_like(nngp))
     first, second = batches(own, rows), batches(own, columns if symmetric else n1 + columns)
     jobs = Jobs(
@@ -292,8 +295,10 @@ def _solution(inject: nt.Kernel, exists: Array, ends: Ends, tol: float) -> TwoTi
         whole = jnp.zeros((n1, n2, *a.shape[2:]), a.dtype).at[rows, columns].set(of_two)
         if symmetric:
             whole = whole.at[columns, rows].set(mirror(of_two[:, None])[0])
-            whole = whole.at[jnp.diag_indices(n1)].set(of_own)
-        return whole
+        elif n1 != n2:
+            return whole
+        with_own = whole.at[jnp.diag_indices(n1)].set(of_own[:n1])
+        return jnp.where(symmetric | inject.x1_is_x2, with_own, whole)
 
     own1 = jax.tree.map(lambda a: flat(a)[:n1], ends)
     own2 = own1 if symmetric else jax.tree.map(lambda a: flat(a)[n1 : n1 + n2], ends)
