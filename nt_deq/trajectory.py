@@ -1,4 +1,4 @@
-"""The end of `ż = velocity(z)` of a finite network."""
+"""The end of `ż = velocity(z)`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from nt_deq import _checks
 from nt_deq.errors import NotConvergedError
@@ -26,27 +26,12 @@ def euler(
     return lax.fori_loop(0, steps, lambda _, z: z + T / steps * velocity(z), z)
 
 
-def trajectory_end(
-    velocity: Callable[[Array], Array],
-    z: Float[Array, "*_ features"],
-    T: Float[Array, ""],
-    batch_axis: int,
-) -> Float[Array, "*_ features"]:
-    """`z(T)` to the accuracy of the dtype, by diffrax's `Dopri8`.
+def integrate(
+    velocity: Callable[[Array], Array], z: Float[Array, "*shape"], T: Float[Array, ""]
+) -> tuple[Float[Array, "*shape"], Bool[Array, ""]]:
+    """`z(T)` to the accuracy of the dtype, by diffrax's `Dopri8`, and whether it got there.
 
-    The step is that of the sample that needs the smallest. Differentiable in both modes.
-
-    Args:
-      velocity: of all samples.
-      z: where they start.
-      T: the end.
-      batch_axis: of the samples, to say which are not finite.
-
-    Returns:
-      The state at the end, where a sample is NaN that the integration did not get to the end of.
-
-    Raises:
-      NotConvergedError: likewise, in an eager call.
+    The step is that of the entry that needs the smallest. Differentiable in both modes.
     """
     import diffrax
 
@@ -66,8 +51,31 @@ def trajectory_end(
         throw=False,
     )
     assert found.ys is not None
-    end = jnp.moveaxis(found.ys[0], batch_axis, 0)
-    reached = found.result == diffrax.RESULTS.successful
+    return found.ys[0], found.result == diffrax.RESULTS.successful
+
+
+def trajectory_end(
+    velocity: Callable[[Array], Array],
+    z: Float[Array, "*_ features"],
+    T: Float[Array, ""],
+    batch_axis: int,
+) -> Float[Array, "*_ features"]:
+    """`z(T)` of a finite network, by `integrate`.
+
+    Args:
+      velocity: of all samples.
+      z: where they start.
+      T: the end.
+      batch_axis: of the samples, to say which are not finite.
+
+    Returns:
+      The state at the end, where a sample is NaN that the integration did not get to the end of.
+
+    Raises:
+      NotConvergedError: likewise, in an eager call.
+    """
+    end, reached = integrate(velocity, z, T)
+    end = jnp.moveaxis(end, batch_axis, 0)
     solved = reached & jnp.all(jnp.isfinite(end), axis=tuple(range(1, end.ndim)))
     if not _checks.is_traced(solved, z) and not np.all(solved):
         missing = np.flatnonzero(~np.asarray(solved))
