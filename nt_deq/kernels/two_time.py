@@ -26,14 +26,15 @@ import neural_tangents as nt
 import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from nt_deq import _checks
 from nt_deq.fixed_point.implicit import implicit_vectors, keep, select, solve_linear
 from nt_deq.fixed_point.picard import Picard
 from nt_deq.fixed_point.solver import Evaluation, Solver, norm, rounding
 from nt_deq.kernels.cell import KernelMap, in_order
-from nt_deq.kernels.tiles import batch_size, mirrored
+from nt_deq.kernels.pair_batches import Batches, batches, gather
+from nt_deq.kernels.tiles import batch_size
 from nt_deq.kernels.time_grids import Euler, Grid, Square, Triangles, answer
 from nt_deq.typing import Number
 
@@ -135,29 +136,6 @@ class Known(NamedTuple):
     exists: Bool[Array, " inputs"]
 
 
-class Jobs(NamedTuple):
-    """Batches of pairs: of all inputs with themselves first, then of two inputs.
-
-    Attributes:
-      first, second: the numbers of both inputs.
-      own: whether both are the same, so that `C` gives its own variances; one number per batch.
-      usable: whether it is a pair at all, with finite covariances.
-      same: whether the inputs are the same, which the first batches solve, and `Dropout` must know.
-      nngp, ntk: of `inject(x)`; the latter where it is asked for.
-      mask1, mask2: of masked inputs, else `None`.
-    """
-
-    first: Int[Array, "*_ size"]
-    second: Int[Array, "*_ size"]
-    own: Bool[Array, "*_"]
-    usable: Bool[Array, "*_ size"]
-    same: Bool[Array, "*_ size"]
-    nngp: Float[Array, "*_"]
-    ntk: Float[Array, "*_"] | None
-    mask1: Bool[Array, "*_"] | None
-    mask2: Bool[Array, "*_"] | None
-
-
 def solve_two_time(
     kernel_map: KernelMap, inject: nt.Kernel, dynamics: Dynamics, grids: Sequence[Grid]
 ) -> TwoTimeSolution:
@@ -176,9 +154,9 @@ def solve_two_time(
     ]
     tol, channels = tolerance(like.dtype), partial(_channels, in_order(kernel_map), inject)
     nodes = len(grids[len(grids) // 2].mirror)  # few batches take the largest grid
-    covariances, jobs = _jobs(inject, batch_size(nodes * math.prod(like.shape[2:])))
+    covariances, jobs = batches(inject, batch_size(nodes * math.prod(like.shape[2:])))
 
-    def step(known: Known, job: Jobs) -> tuple[Known, Ends]:
+    def step(known: Known, job: Batches) -> tuple[Known, Ends]:
         of_two = ~job.same & known.exists[job.first] & known.exists[job.second]
         exists = job.usable & (job.own | of_two)
         given = known.variances[job.first], known.variances[job.second]
@@ -224,98 +202,27 @@ def _all_found(solution: TwoTimeSolution) -> bool:
     return all(np.all(_found(each, solution.tolerance)) for each in ends)
 
 
-def _jobs(inject: nt.Kernel, size: int) -> tuple[Array, Jobs]:
-    """The covariances of all inputs with themselves, and batches of at most `size` pairs."""
-    k, n1 = inject, inject.nngp.shape[0]
-    rows, columns = _pairs(inject)
-    symmetric = k.cov2 is None
-    covariances, masks = k.cov1, k.mask1
-    if k.cov2 is not None:
-        covariances = jnp.concatenate([k.cov1, k.cov2])
-        if k.mask1 is not None and k.mask2 is not None:
-            masks = jnp.concatenate([k.mask1, k.mask2])
-    own = np.arange(len(covariances))
-    size = min(size, max(len(own), len(rows)))
-
-    def batches(*parts):
-        parts = [
-            jnp.concatenate([part, jnp.zeros((-len(part) % size, *part.shape[1:]), part.dtype)])
-            for part in map(jnp.asarray, parts)
-        ]
-        whole = jnp.concatenate(parts)
-        return whole.reshape(-1, size, *whole.shape[1:])
-
-    finite = jnp.all(jnp.isfinite(covariances), axis=tuple(range(1, covariances.ndim)))
-    usable = batches(finite, jnp.ones(len(rows), bool))
-    nngp = batches(covariances, k.nngp[rows, columns])
-    ntk = None
-    if k.ntk is not None:
-        of_own = jnp.zeros_like(covariances)
-        if symmetric or n1 == k.nngp.shape[1]:  # of the first inputs, if the second are the same
-            of_own = of_own.at[:n1].set(k.ntk[own[:n1], own[:n1]])
-        ntk = select(usable, batches(of_own, k.ntk[rows, columns]), jnp.ones_like(nngp))
-    first, second = batches(own, rows), batches(own, columns if symmetric else n1 + columns)
-    jobs = Jobs(
-        first=first,
-        second=second,
-        own=jnp.arange(len(first)) < -(-len(own) // size),
-        usable=usable,
-        same=batches(np.ones(len(own), bool), k.x1_is_x2 & (rows == columns)),
-        nngp=select(usable, nngp, jnp.ones_like(nngp)),
-        ntk=ntk,
-        mask1=None if masks is None else masks[first],
-        mask2=None if masks is None else masks[second],
-    )
-    return select(finite, covariances, jnp.ones_like(covariances)), jobs
-
-
-def _pairs(inject: nt.Kernel) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of two inputs; where the second are the first, `i < j`."""
-    n1, n2 = inject.nngp.shape[:2]
-    if inject.cov2 is None:
-        return np.triu_indices(n1, 1)
-    rows, columns = np.indices((n1, n2)).reshape(2, -1)
-    return rows, columns
-
-
 def _solution(inject: nt.Kernel, exists: Array, ends: Ends, tol: float) -> TwoTimeSolution:
     """The kernel, of what is known of all pairs."""
     n1, n2 = inject.nngp.shape[:2]
-    rows, columns = _pairs(inject)
-    symmetric = inject.cov2 is None
-    mirror = partial(mirrored, inject.diagonal_spatial)
-
-    def flat(a):
-        return a.reshape(-1, *a.shape[2:])
-
-    def pairs(a):
-        size = a.shape[1]
-        of_own, of_two = flat(a)[: len(exists)], flat(a)[-(-len(exists) // size) * size :]
-        of_two = of_two[: len(rows)]
-        whole = jnp.zeros((n1, n2, *a.shape[2:]), a.dtype).at[rows, columns].set(of_two)
-        if symmetric:
-            whole = whole.at[columns, rows].set(mirror(of_two[:, None])[0])
-        elif n1 != n2:
-            return whole
-        with_own = whole.at[jnp.diag_indices(n1)].set(of_own[:n1])
-        return jnp.where(symmetric | inject.x1_is_x2, with_own, whole)
-
-    own1 = jax.tree.map(lambda a: flat(a)[:n1], ends)
-    own2 = own1 if symmetric else jax.tree.map(lambda a: flat(a)[n1 : n1 + n2], ends)
+    own1, own2, pairs = (
+        jax.tree.unflatten(jax.tree.structure(ends), part)
+        for part in zip(*(gather(inject, a) for a in jax.tree.leaves(ends)), strict=True)
+    )
     exists1, exists2 = exists[:n1], exists[-n2:]
-    both, of_pairs = exists1[:, None] & exists2[None, :], jax.tree.map(pairs, ends)
-    found = both & _found(of_pairs, tol)
+    both = exists1[:, None] & exists2[None, :]
+    found = both & _found(pairs, tol)
     kernel = inject.replace(
         cov1=keep(exists1, own1.nngp),
-        cov2=None if symmetric else keep(exists2, own2.nngp),
-        nngp=keep(found, of_pairs.nngp),
-        ntk=None if of_pairs.ntk is None else keep(found, of_pairs.ntk),
+        cov2=None if inject.cov2 is None else keep(exists2, own2.nngp),
+        nngp=keep(found, pairs.nngp),
+        ntk=None if pairs.ntk is None else keep(found, pairs.ntk),
     )
-    of_pairs = of_pairs._replace(converged=of_pairs.converged | ~both)
+    pairs = pairs._replace(converged=pairs.converged | ~both)
     injected = other = _largest(inject.cov1, exists1.shape)
     if inject.cov2 is not None:
         other = _largest(inject.cov2, exists2.shape)
-    return TwoTimeSolution(kernel, (injected, other), own1, own2, of_pairs)
+    return TwoTimeSolution(kernel, (injected, other), own1, own2, pairs)
 
 
 def _found(ends: Ends, tol: float) -> Bool[Array, "*batch"]:
@@ -371,7 +278,7 @@ def _channels(cell, inject, k1, k2, nngp, ntk, same, mask1, mask2) -> tuple[Arra
 def _solve_on(
     prepared: Prepared,
     channels: Callable,
-    job: Jobs,
+    job: Batches,
     given: tuple[Array, Array],
     exists: Bool[Array, " size"],
     solver: Solver,
