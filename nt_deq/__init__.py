@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     import neural_tangents as nt
 
     from nt_deq import activations, fixed_point, flax, gp, regression, stax, theory
-    from nt_deq._bridges import enable_x64
+    from nt_deq._jax import enable_x64
     from nt_deq.activations import Activation
-    from nt_deq.errors import NoEquilibriumError, NotConvergedError, NotPositiveDefiniteError
+    from nt_deq.errors import (
+        ModelError,
+        NoEquilibriumError,
+        NotConvergedError,
+        NotPositiveDefiniteError,
+    )
     from nt_deq.fixed_point import (
         Anderson,
         Broyden,
@@ -44,9 +49,14 @@ if TYPE_CHECKING:
 _bridges.install()
 
 _HOMES = {
-    "nt_deq._bridges": ("enable_x64",),
+    "nt_deq._jax": ("enable_x64",),
     "nt_deq.activations": ("Activation",),
-    "nt_deq.errors": ("NoEquilibriumError", "NotConvergedError", "NotPositiveDefiniteError"),
+    "nt_deq.errors": (
+        "ModelError",
+        "NoEquilibriumError",
+        "NotConvergedError",
+        "NotPositiveDefiniteError",
+    ),
     "nt_deq.fixed_point": (
         "Anderson",
         "Broyden",

@@ -8,7 +8,7 @@ below stands for one thing that moved and looks first whether it is needed. Ther
 * A patch gives a module of neural-tangents' own the names that it looks up when it is called.
 
 `install` waits: the bridges are built when somebody imports neural-tangents. Nothing else in the
-package knows about versions of JAX and neural-tangents.
+package knows about versions of neural-tangents; `nt_deq._jax` knows about those of JAX.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-    from jaxtyping import PyTree
+from typing import Any
 
 _JAX_FLOOR, _JAX_CEILING = (0, 5, 3), (0, 11, 0)
 _NEURAL_TANGENTS = "0.6.5"
@@ -386,47 +382,3 @@ _PATCHES: dict[str, Callable[[], bool]] = {
     "jax.core.eval_context": _eval_context,
     "scipy.linalg.eigvalsh": _eigvalsh,
 }
-
-
-def enable_x64(enabled: bool) -> AbstractContextManager[None]:
-    """JAX's context of float64 arrays, which had another home before JAX 0.8."""
-    import jax
-
-    context = getattr(jax, "enable_x64", None)
-    if context is None:
-        context = importlib.import_module("jax.experimental").enable_x64
-    return context(enabled)
-
-
-def nothing_is_traced() -> bool:
-    """Whether no transformation of JAX is going on, so that every array has its numbers."""
-    return importlib.import_module("jax._src.core").trace_state_clean()
-
-
-def instantiate_cotangents() -> None:
-    """Lets JAX before 0.7 transpose a linear solve on whose solution nothing depends."""
-    import jax
-
-    if jax.__version_info__ >= (0, 7):
-        return
-    from jax.interpreters import ad
-
-    primitive = importlib.import_module("jax._src.lax.control_flow.solves").linear_solve_p
-    rule = ad.primitive_transposes[primitive]
-
-    def transpose(cotangents, *operands, **params):
-        return rule([ad.instantiate_zeros(ct) for ct in cotangents], *operands, **params)
-
-    ad.primitive_transposes[primitive] = transpose
-
-
-def shard_map(fn: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:
-    """JAX's `shard_map` without its check of replication, which loops of kernels do not pass."""
-    import jax
-
-    if hasattr(jax, "shard_map"):
-        return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    experimental = importlib.import_module("jax.experimental.shard_map")
-    return experimental.shard_map(
-        fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_rep=False
-    )

@@ -31,5 +31,9 @@ class StoreError(NtDeqError, RuntimeError):
     """A store cannot be used or written; what is in it stays as it is."""
 
 
+class ModelError(NtDeqError, RuntimeError):
+    """A saved model cannot be used or written; what is there stays as it is."""
+
+
 class LostProcessError(NtDeqError, RuntimeError):
     """Another process of a mesh did not answer: start all of them again."""

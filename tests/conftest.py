@@ -17,7 +17,8 @@ jaxtyping.install_import_hook("nt_deq", "typecheck.checked")
 gc.set_threshold(100_000, 50, 1000)
 
 STRICT = (
-    "activations", "fixed_point", "flax", "gp", "kernels", "regression", "sklearn", "theory",
+    "activations", "cli", "experiments", "fixed_point", "flax", "gp", "kernels", "regression",
+    "sklearn", "stax", "theory",
 )  # fmt: skip
 
 

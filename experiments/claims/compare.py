@@ -22,8 +22,9 @@ from scipy.special import ndtr
 from experiments.claims import compare_figure
 from experiments.lib import ensembles, launch, report
 from experiments.lib.data import Dataset
-from experiments.lib.ensembles import Settings, fits_at_steps
-from experiments.lib.report import PowerLaw, fit_by_width, table
+from experiments.lib.ensembles import Settings, fits_at_steps, leading_powers_at_steps
+from experiments.lib.leading_order import LeadingPower, local_slopes, tell
+from experiments.lib.report import PowerLaw, table
 from experiments.lib.workdir import Arrays, Workdir
 
 LIMITS = ("nngp", "ntk_inf", "ntk")
@@ -37,12 +38,13 @@ def rms(x: np.ndarray) -> float:
 
 def analyse(
     data: Dataset, steps: Sequence[int], limit: Arrays, networks: Mapping[int, Arrays]
-) -> tuple[dict[str, Any], list[PowerLaw]]:
+) -> tuple[dict[str, Any], list[PowerLaw], list[LeadingPower]]:
     """Compares what `ensembles.train` returned, at the recorded `steps`.
 
     Returns:
-      The numbers of results.json, and the fits after every recorded step but the first; `score` is
-      what scores are, the accuracy of labels or the `R²` of real targets.
+      The numbers of results.json, and the slopes and leading exponents of the distance after every
+      recorded step but the first; `score` is what scores are, the accuracy of labels or the `R²` of
+      real targets.
     """
     n = len(data.y_train)
     targets = np.concatenate([data.targets_train, data.targets_test])
@@ -82,7 +84,7 @@ def analyse(
     forever = limit["ntk_mean_inf"], limit["ntk_var_inf"]
     finite = [trained(width, arrays) for width, arrays in networks.items()]
     distances = {e["width"]: e["distances"] for e in finite}
-    fits, widest = fits_at_steps(distances), sorted(distances)[-2:]
+    fits, leading = fits_at_steps(distances), leading_powers_at_steps(distances)
     found = {
         "score": "accuracy" if data.classes else "R²",
         "steps": steps,
@@ -97,12 +99,14 @@ def analyse(
         },
         "finite": finite,
         "slope": fits[-1],
-        "slope_of_the_two_widest": fit_by_width({w: distances[w][-1] for w in widest}),
-        "slope_at_steps": [
-            {"steps": step, **vars(fit)} for step, fit in zip(steps[1:], fits, strict=True)
+        "leading": leading[-1],
+        "local_slopes": local_slopes({w: of_width[-1] for w, of_width in distances.items()}),
+        "at_steps": [
+            {"steps": step, "slope": fit, "leading": power}
+            for step, fit, power in zip(steps[1:], fits, leading, strict=True)
         ],
     }
-    return found, fits
+    return found, fits, leading
 
 
 def _score(data: Dataset, outputs: np.ndarray) -> float:
@@ -134,9 +138,10 @@ def _expected_score(data: Dataset, mean: np.ndarray, var: np.ndarray) -> float:
 
 def _claims(found: dict[str, Any]) -> Iterator[report.Claim]:
     yield report.Claim(
-        "A trained network's distance to the infinite-width prediction falls as 1/√width.",
+        "A trained network's distance to the infinite-width prediction falls as 1/√width, in its "
+        "leading order.",
         _measured_slope(found),
-        found["slope"].includes(-0.5),
+        found["leading"].is_root,
     )
     e, limit_std = found["finite"][-1], found["infinite"]["ntk"]["test_std"]
     distance, chance = e["mean_distance"], limit_std / np.sqrt(len(e["test_scores"]))
@@ -155,30 +160,13 @@ def _networks(e: dict[str, Any]) -> str:
 
 
 def _measured_slope(found: dict[str, Any]) -> str:
-    fit, widest = found["slope"], found["slope_of_the_two_widest"]
     (first, from_first), *_, (last, from_last) = (
         (e["width"], e["distances"][-1].mean()) for e in found["finite"]
     )
-    text = (
+    return (
         f"From width {first} to {last} the distance falls {from_first / from_last:.1f}-fold "
-        f"(1/√width: {np.sqrt(last / first):.1f}-fold). The fitted slope is {fit}, 95 % interval "
-        f"{fit.interval}"
-    )
-    if fit.includes(-0.5):
-        return f"{text}: it agrees with theory's −1/2."
-    text += (
-        ": −1/2, which theory gives for widths tending to infinity, is outside. Between the two "
-        f"widest alone the slope is {widest} ({widest.interval}). "
-    )
-    if fit.exponent > -0.5:
-        return text + (
-            "A slope that is too shallow says that for the narrowest networks higher orders in "
-            "1/√width count. They count the more the closer the training data are fitted: "
-            "larger --widths or fewer --steps bring the slope nearer to −1/2."
-        )
-    return text + (
-        "A slope that is too steep means that the narrowest networks are outside the regime of the "
-        "limit: take larger --widths, a smaller --W_std or a smaller --learning_rate."
+        f"(1/√width: {np.sqrt(last / first):.1f}-fold), by a slope of {found['slope']} "
+        f"({found['slope'].interval}). {tell(found['leading'], found['local_slopes'])}"
     )
 
 
@@ -213,7 +201,7 @@ def results_table(found: dict[str, Any]) -> str:
 def main(settings: Settings, workdir: Workdir) -> None:
     """Runs the experiment, writes its report into `workdir`, and prints the table."""
     data, limit, networks = ensembles.train(settings, workdir)
-    found, fits = analyse(data, settings.recorded_steps, limit, networks)
+    found, fits, leading = analyse(data, settings.recorded_steps, limit, networks)
     inputs, (n_train, n_features) = data.name_of_inputs, data.x_train.shape
     learned = f"{len(data.classes)} classes" if data.classes else "real targets"
     say = f"say of four held-out {inputs}" if data.classes else f"predict for held-out {inputs}"
@@ -225,8 +213,10 @@ def main(settings: Settings, workdir: Workdir) -> None:
         wide: (final.mean(0), final.std(0, ddof=1)),
     }
     slopes = [
-        [str(step), f"{t:.4g}", str(fit), fit.interval]
-        for step, t, fit in zip(found["steps"][1:], found["times"][1:], fits, strict=True)
+        [str(step), f"{t:.4g}", str(fit), fit.interval, str(power), power.interval]
+        for step, t, fit, power in zip(
+            found["steps"][1:], found["times"][1:], fits, leading, strict=True
+        )
     ]
     report.write_claims(
         workdir,
@@ -245,7 +235,8 @@ def main(settings: Settings, workdir: Workdir) -> None:
         f"= {found['times'][-1]:.4g}; {settings.seeds} networks of each width.",
         caption="(a) Error during training. (b) Every trained network's distance to the "
         "infinite-width prediction that starts from that network's own outputs before training: "
-        f"RMS over held-out {inputs} and outputs. (c) What the infinitely wide network and "
+        f"RMS over held-out {inputs} and outputs; the blue numbers are slopes between neighbouring "
+        "widths. (c) What the infinitely wide network and "
         f"{wide} {say}.",
         settings=settings,
         claims=_claims(found),
@@ -260,8 +251,13 @@ def main(settings: Settings, workdir: Workdir) -> None:
                 "layers until the slowest input's state stops changing, to the last digits, and "
                 f"for the kernels steps of their solver.\n\n{results_table(found)}"
             ),
-            "The slope of distance against width during training": table(
-                ("steps", "t", "slope ± standard error", "95 % interval"), slopes
+            "The slope of distance against width during training": (
+                "A line through all widths has the slope; what theory gives is s, the exponent of "
+                f"the leading term in `{leading[-1].formula}`.\n\n"
+            )
+            + table(
+                ("steps", "t", "slope ± standard error", "95 % interval", "s", "95 % interval"),
+                slopes,
             ),
         },
         draw=lambda plt: compare_figure.draw(plt, data, found, predictions),

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from experiments.lib.data import Dataset
-from experiments.lib.figures import draw_fit, draw_networks, log_ticks, time_axis, width_colours
+from experiments.lib.figures import (
+    draw_fit,
+    draw_leading,
+    draw_networks,
+    log_ticks,
+    time_axis,
+    width_colours,
+)
 from experiments.lib.report import BLACK, RED
 
 Predictions = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -62,7 +69,8 @@ def _draw_losses(axes: Any, inputs: str, found: dict[str, Any], colours: Any) ->
 def _draw_distances(ax: Any, found: dict[str, Any], colours: Any) -> None:
     widths, fit = [e["width"] for e in found["finite"]], found["slope"]
     draw_networks(ax, widths, [e["distances"][-1] for e in found["finite"]], colours)
-    draw_fit(ax, widths, fit, f"fit: slope {fit}", "theory: slope −1/2")
+    draw_fit(ax, widths, fit, f"plain slope {fit}", "theory: slope −1/2", "--")
+    draw_leading(ax, widths, found["leading"], found["local_slopes"])
     log_ticks(ax)
     ax.set_title("(b) distance to the infinite-width prediction")
     ax.set_ylabel(f"RMS over held-out outputs, t = {found['times'][-1]:.4g}")

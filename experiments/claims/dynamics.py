@@ -20,7 +20,7 @@ import numpy as np
 from experiments.lib import ensembles, figures, launch, report
 from experiments.lib.data import Dataset
 from experiments.lib.launch import flag
-from experiments.lib.report import PowerLaw
+from experiments.lib.leading_order import fit_leading_power, local_slopes, tell
 from experiments.lib.workdir import Arrays, Workdir
 from nt_deq.errors import InputError
 
@@ -33,9 +33,6 @@ class Settings(ensembles.Settings):
 
     n_train: int = flag(64, "training inputs, drawn at random", at_least=2)
     n_test: int = flag(200, "test inputs, drawn at random", at_least=1)
-    widths: tuple[int, ...] = flag(
-        (64, 128, 256), "widths of the finite networks", at_least=1, different=2
-    )
     steps: int = flag(
         32, "steps of gradient descent; the training time is learning_rate · steps", at_least=1
     )
@@ -89,42 +86,40 @@ def measure(
       `steps`; `times`, the learning rate times these;
       `ensembles`, what `_measure_width` returns, by increasing width;
       fits against width: `loss_fit`, of the largest deviation of a network's loss over all steps;
-      `distance_fits` and `drift_fits`, after every recorded step but 0; `widest_fit`, of the
-      distance after the last step, of the two largest widths alone; `ntk_fit`, of the distance of
-      `Θ₀` from `Θ*`;
-      `local_slopes`, of the mean distance after the last step, between neighbouring widths.
+      `distance_fits` and `drift_fits`, after every recorded step but 0; `ntk_fit`, of the distance
+      of `Θ₀` from `Θ*`; `distance_leading` and `ntk_leading`, leading exponents of the same;
+      `local_slopes` and `ntk_local_slopes`, between neighbouring widths, of the distance after the
+      last step, and of that of `Θ₀`.
     """
     found = {width: _measure_width(data, steps, limit, of) for width, of in networks.items()}
-    widths, fit, fits = list(found), report.fit_by_width, ensembles.fits_at_steps
-    means = [found[width]["distance"][-1].mean() for width in widths]
+    fit, fits = report.fit_by_width, ensembles.fits_at_steps
+    distances = {width: e["distance"] for width, e in found.items()}
+    last = {width: of_width[-1] for width, of_width in distances.items()}
+    ntk_errors = {width: e["ntk_error"] for width, e in found.items()}
     return {
         "steps": steps,
         "times": float(limit["learning_rate"]) * np.asarray(steps),
         "ensembles": found,
         "loss_fit": fit({width: e["loss_deviation"].max(0) for width, e in found.items()}),
-        "distance_fits": fits({width: e["distance"] for width, e in found.items()}),
+        "distance_fits": fits(distances),
+        "distance_leading": ensembles.leading_powers_at_steps(distances),
         "drift_fits": fits({width: e["ntk_drift"] for width, e in found.items()}),
-        "widest_fit": fit({width: found[width]["distance"][-1] for width in widths[-2:]}),
-        "local_slopes": np.diff(np.log(means)) / np.diff(np.log(widths)),
-        "ntk_fit": fit({width: e["ntk_error"] for width, e in found.items()}),
+        "local_slopes": local_slopes(last),
+        "ntk_fit": fit(ntk_errors),
+        "ntk_leading": fit_leading_power(ntk_errors),
+        "ntk_local_slopes": local_slopes(ntk_errors),
     }
-
-
-def _falls_as_root(fit: PowerLaw) -> bool:
-    return fit.includes(-0.5) and fit.high < 0
 
 
 def _claims(found: dict[str, Any]) -> list[report.Claim]:
     of_width, fits, drifts = found["ensembles"], found["distance_fits"], found["drift_fits"]
+    leading, steps = found["distance_leading"], found["steps"][1:]
     widths, loss_fit = list(of_width), found["loss_fit"]
     narrow, wide = of_width[widths[0]], of_width[widths[-1]]
     largest = [e["loss_deviation"].max(0).mean() for e in of_width.values()]
     by_step = [e["loss_deviation"][1:].mean(1) for e in (narrow, wide)]
-    missing = [
-        step for step, f in zip(found["steps"][1:], fits, strict=True) if not _falls_as_root(f)
-    ]
+    missing = [step for step, power in zip(steps, leading, strict=True) if not power.is_root]
     where = f"not so after step {', '.join(map(str, missing))}" if missing else "so after all"
-    local = ", ".join(f"{slope:.2f}".replace("-", "−") for slope in found["local_slopes"])
     return [
         report.Claim(
             "The training loss of a finite network follows the closed form at every t.",
@@ -135,12 +130,11 @@ def _claims(found: dict[str, Any]) -> list[report.Claim]:
             bool((np.diff(largest) < 0).all() and (by_step[1] < by_step[0]).all()),
         ),
         report.Claim(
-            "The RMS distance of held-out predictions to the closed form falls as width^−1/2, at "
-            "every t.",
-            f"After the last step the slope is {fits[-1]} (95 % interval {fits[-1].interval}). "
-            "−1/2 must be in the interval after every recorded step, and 0 above it; that is "
-            f"{where}. Between neighbouring widths the slope is {local}, of the two widest "
-            f"{found['widest_fit']} ({found['widest_fit'].interval}).",
+            "The RMS distance of held-out predictions to the closed form falls as width^−1/2 in "
+            "its leading order, at every t.",
+            f"After the last step the slope is {fits[-1]} ({fits[-1].interval}). "
+            f"{tell(leading[-1], found['local_slopes'])} −1/2 must be in the interval of s after "
+            f"every recorded step, and 0 above it; that is {where}.",
             not missing,
         ),
         report.Claim(
@@ -153,11 +147,13 @@ def _claims(found: dict[str, Any]) -> list[report.Claim]:
             all(f.low <= -0.5 and -1 <= f.high < 0 for f in drifts),
         ),
         report.Claim(
-            "The empirical NTK before training is off its limit by width^−1/2.",
+            "The empirical NTK before training is off its limit by width^−1/2 in its leading "
+            "order.",
             f"By {wide['ntk_error'].mean():.1%} at width {widths[-1]}, "
             f"{narrow['ntk_error'].mean():.0%} at width {widths[0]}; slope {found['ntk_fit']} "
-            f"({found['ntk_fit'].interval}). −1/2 must be in the interval, and 0 above it.",
-            _falls_as_root(found["ntk_fit"]),
+            f"({found['ntk_fit'].interval}). "
+            f"{tell(found['ntk_leading'], found['ntk_local_slopes'])}",
+            found["ntk_leading"].is_root,
         ),
     ]
 
@@ -187,7 +183,9 @@ def _draw(found: dict[str, Any], plt: Any) -> Any:
 
     by_width, drift = found["ensembles"].values(), found["drift_fits"][-1]
     against_width(axes[1, 0], lambda e: e["loss_deviation"].max(0), found["loss_fit"], "fit")
-    against_width(axes[1, 1], lambda e: e["distance"][-1], found["distance_fits"][-1], "fit")
+    plain = found["distance_fits"][-1]
+    against_width(axes[1, 1], lambda e: e["distance"][-1], plain, "plain", ls="--")
+    figures.draw_leading(axes[1, 1], widths, found["distance_leading"][-1], found["local_slopes"])
     against_width(
         axes[1, 2], lambda e: e["ntk_error"], found["ntk_fit"], "Θ₀ from Θ* (□)", marker="s"
     )
@@ -210,6 +208,7 @@ def _sections(found: dict[str, Any]) -> dict[str, str]:
             found["steps"][1:],
             found["times"][1:],
             found["distance_fits"],
+            found["distance_leading"],
             found["drift_fits"],
             strict=True,
         )
@@ -226,11 +225,14 @@ def _sections(found: dict[str, Any]) -> dict[str, str]:
         for width, e in found["ensembles"].items()
     ]
     by_width = ("width", "loss: largest deviation", "distance", "NTK: drift", "NTK: Θ₀ from Θ*")
-    by_step = ("step", "t", "distance", "95 % interval", "drift", "95 % interval")
+    interval = "95 % interval"
+    by_step = ("step", "t", "distance", interval, "its s", interval, "drift", interval)
     return {
         "After the last step, by width": "Mean ± standard deviation over networks.\n\n"
         + report.table(by_width, rows),
-        "Slopes against width, by step": report.table(by_step, slopes),
+        "Slopes against width, by step": "A line through all widths has the slope; s is the "
+        f"exponent of the leading term in `{found['distance_leading'][-1].formula}`.\n\n"
+        + report.table(by_step, slopes),
     }
 
 
@@ -249,7 +251,8 @@ def main(settings: Settings, workdir: Workdir) -> None:
         "distance is due to the width alone. The empirical NTK `Θₜ` is that of one network, "
         f"averaged over its outputs, between {settings.ntk_inputs} training {data.name_of_inputs}.",
         caption="Above: during training, means over networks. Below: against width; a point is a "
-        "network, and the dotted line has the slope −1/2 of the leading order.",
+        "network, and the dotted line has the slope −1/2 of the leading order; blue is the fit "
+        "with higher orders, and the numbers are slopes between neighbouring widths.",
         settings=settings,
         claims=_claims(found),
         numbers={"measured": found},

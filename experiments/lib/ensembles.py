@@ -16,6 +16,7 @@ from nt_deq import NoEquilibriumError, enable_x64
 from experiments.lib import infinite, training
 from experiments.lib.data import N_TEST, N_TRAIN, Dataset, DataSettings, load
 from experiments.lib.launch import flag
+from experiments.lib.leading_order import LeadingPower, fit_leading_power
 from experiments.lib.networks import Architecture
 from experiments.lib.report import PowerLaw, fit_by_width
 from experiments.lib.workdir import Arrays, Workdir
@@ -159,5 +160,14 @@ def beside_limit(
 
 def fits_at_steps(values: Mapping[int, np.ndarray]) -> list[PowerLaw]:
     """Fits `fit_by_width` to numbers `(steps, seeds)`, by width, at every step but the first."""
-    by_step = zip(*(list(of_width)[1:] for of_width in values.values()), strict=True)
-    return [fit_by_width(dict(zip(values, step, strict=True))) for step in by_step]
+    return [fit_by_width(step) for step in _by_step(values)]
+
+
+def leading_powers_at_steps(values: Mapping[int, np.ndarray]) -> list[LeadingPower]:
+    """Fits `fit_leading_power` to numbers `(steps, seeds)`, by width, likewise."""
+    return [fit_leading_power(step) for step in _by_step(values)]
+
+
+def _by_step(values: Mapping[int, np.ndarray]) -> list[dict[int, np.ndarray]]:
+    steps = range(1, len(next(iter(values.values()))))
+    return [{width: of_width[step] for width, of_width in values.items()} for step in steps]

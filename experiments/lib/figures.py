@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.lib.report import BLACK, RED, PowerLaw
+from experiments.lib.leading_order import LeadingPower
+from experiments.lib.report import BLACK, BLUE, RED, PowerLaw
 
 
 def width_colours(plt: Any, widths: Sized) -> list[Any]:
@@ -72,3 +73,22 @@ def draw_fit(
         centre = np.exp(np.log(widths).mean())
         guide = fit(centre) * np.sqrt(centre / ends)
         ax.plot(ends, guide, color=RED, ls=":", lw=2, label=theory)
+
+
+def draw_leading(
+    ax: Any, widths: Sequence[int], fit: LeadingPower, local: Sequence[PowerLaw]
+) -> None:
+    """Draws a fit with its higher orders, and the slopes between neighbouring widths beside it."""
+    n = np.geomspace(widths[0], widths[-1] * 1.4, 50)
+    label = f"with higher orders: s = {fit}"
+    ax.plot(n, fit(n), color=BLUE, lw=1.6, label=label)
+    for left, right, slope in zip(widths[:-1], widths[1:], local, strict=True):
+        centre = np.sqrt(left * right)
+        ax.annotate(
+            f"{slope.exponent:.2f}".replace("-", "−"),
+            (centre, fit(np.array(centre))),
+            (4, 6),
+            textcoords="offset points",
+            color=BLUE,
+            fontsize=9,
+        )

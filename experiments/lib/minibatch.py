@@ -161,7 +161,7 @@ class Classifier:
         return State(
             params=optax.apply_updates(state.params, updates),
             optimizer=optimizer,
-            step=state.step + state.finite,
+            step=state.step + state.finite.astype(state.step.dtype),
             loss=state.loss + loss,
             correct=state.correct + correct,
             finite=state.finite & _all_finite((loss, gradient)),

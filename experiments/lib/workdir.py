@@ -14,7 +14,7 @@ from typing import Any
 import joblib
 import numpy as np
 
-from nt_deq.cli.files import whole
+from nt_deq._files import whole
 from nt_deq.errors import InputError
 
 Arrays = dict[str, np.ndarray]

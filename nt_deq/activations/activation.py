@@ -32,8 +32,8 @@ import numpy as np
 from jax import Array
 from jax.scipy.special import erf
 
-from nt_deq._bridges import enable_x64
 from nt_deq._checks import is_traced
+from nt_deq._jax import enable_x64
 from nt_deq.activations import closed_forms, hermite, kinks, mixtures
 from nt_deq.activations.closed_forms import Moments
 from nt_deq.errors import ArgumentError

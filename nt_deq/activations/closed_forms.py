@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import erf
 
-from nt_deq.activations.elementary import Batch, arctan2
+from nt_deq.activations.elementary import Batch, arc_cosine, arctan, arctan2
 from nt_deq.activations.quotient import over
 
 Moments = tuple[Batch, Batch]
@@ -45,24 +44,6 @@ def _sine(rho: Batch) -> Batch:
     return _sqrt(jnp.where(square <= 16 * jnp.finfo(rho.dtype).eps, 0, square))
 
 
-@jax.custom_jvp
-def _arc_cosine(rho: Batch) -> Moments:
-    """The arc-cosine kernels `κ0, κ1` of degree 0 and 1 (Cho & Saul 2009)."""
-    sine = _sine(rho)
-    angle = arctan2(sine, -rho) / jnp.pi  # (π - arccos ρ)/π
-    return angle, sine / jnp.pi + angle * rho
-
-
-@_arc_cosine.defjvp
-def _arc_cosine_jvp(primals, tangents):
-    (rho,), (d_rho,) = primals, tangents
-    k0, k1 = _arc_cosine(rho)
-    # κ1' = κ0 and κ0' = 1/(π√(1-ρ²)), infinite at ρ = ±1: there it is a kink, and 0 a subgradient.
-    sine = _sine(rho)
-    slope = jnp.where(sine == 0, 0, 1 / (jnp.pi * jnp.where(sine == 0, 1, sine)))
-    return (k0, k1), (slope * d_rho, k0 * d_rho)
-
-
 def piecewise_linear(negative: float, positive: float, z: Batch) -> Batch:
     """`φ(z) = positive · max(z, 0) + negative · min(z, 0)`."""
     return positive * jnp.maximum(z, 0) + negative * jnp.minimum(z, 0)
@@ -78,7 +59,7 @@ def piecewise_linear_dual(
     bend, product = (positive - negative) ** 2 / 2, positive * negative
     scale = _sqrt(k1) * _sqrt(k2)
     rho = _clip(over(c, scale), -1, 1)
-    kappa0, kappa1 = _arc_cosine(rho)
+    kappa0, kappa1 = arc_cosine(rho)
     return scale * (bend * kappa1 + product * rho), bend * kappa0 + product
 
 
@@ -101,10 +82,12 @@ def erf_dual_diagonal(k: Batch) -> Moments:
 def erf_moments(k1: Batch, k2: Batch, c: Batch, determinant: Batch) -> Moments:
     """`V = 2/π arctan(2c/√q)` and `V̇ = 4/(π√q)` (Williams 1997).
 
-    With `q = 1 + 2(k1 + k2) + 4(k1 k2 - c²)`.
+    With `q = 1 + 2(k1 + k2) + 4(k1 k2 - c²) = p - 4c²` and `p = (1 + 2k1)(1 + 2k2)`; so the tangent
+    of half of the angle is `2c/(√q + √p)`, which is at most 1.
     """
     root = jnp.sqrt(1 + 2 * (k1 + k2) + 4 * determinant)
-    return 2 / jnp.pi * arctan2(2 * c, root), 4 / jnp.pi / root
+    tangent = 2 * c / (root + jnp.sqrt(1 + 2 * k1) * jnp.sqrt(1 + 2 * k2))
+    return 4 / jnp.pi * arctan(tangent), 4 / jnp.pi / root
 
 
 def normal_moments(k1: Batch, k2: Batch, c: Batch, determinant: Batch) -> Moments:
@@ -139,13 +122,14 @@ def gelu_moments(k1: Batch, k2: Batch, c: Batch, determinant: Batch) -> Moments:
     """By Stein's lemma from `E[Φ(u)Φ(u')] = 1/4 + arcsin(c/√p)/2π`, with `p = (1 + k1)(1 + k2)`.
 
     `V̇` is `∂V/∂c`, and `root² = p - c²` (Tsuchida et al. 2021, "Avoiding kernel fixed points").
-    Written without `p`, whose square in their derivatives would overflow.
+    Written without `p`, whose square in their derivatives would overflow; `c/(root + √p)` is the
+    tangent of half of the arcsine.
     """
     inverse1, inverse2 = 1 / (1 + k1), 1 / (1 + k2)
     root = 2 * jnp.sqrt(0.25 + (k1 / 4 + k2 / 4) + determinant / 4)
     root = jnp.where(jnp.isfinite(root), root, jnp.nan)
     tangent = c / root
-    angle = arctan2(c, root)
+    angle = 2 * arctan(c / (root + jnp.sqrt(1 + k1) * jnp.sqrt(1 + k2)))
     saturation = (k1 * inverse1) * (k2 * inverse2)
     correlation = (c * inverse1) * (c * inverse2)
     v = c / 4 + (c * angle + saturation * root + correlation / root) / (2 * jnp.pi)

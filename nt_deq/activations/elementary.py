@@ -58,6 +58,36 @@ _ARC_MOMENT = {
         -1.1174787293166246e-19, 2.4538038454410601e-22,
     ),
 }
+# arccos(x)/(π√(1-x)) in x, for x in [0, 1]
+_ANGLE = {
+    32: (
+        0.499999991, -0.0683087145, 0.0283196655, -0.0159518781, 0.00977915529, -0.00536067348,
+        0.00206631545, -0.000385708112,
+    ),
+    64: (
+        0.49999999999999999, -0.068309886183783477, 0.028345056907235874, -0.01616785497439062,
+        0.010721085649171534, -0.0077585770642507463, 0.0059434582884418385,
+        -0.0047376342361449236, 0.0038847246929972682, -0.0032401599258976976,
+        0.0027020123666689562, -0.0021875340112401634, 0.0016468789333313239,
+        -0.0010938835217706684, 0.00060523034858273507, -0.00026181549055231586,
+        8.1755800598838751e-5, -1.6226605184888968e-5, 1.527104740182858e-6,
+    ),
+}
+# κ1(-x)/(1-x)^(3/2) in x, likewise
+_BEND = {
+    32: (
+        0.31830988, -0.0225346076, 0.00597665332, -0.00240475365, 0.00107535606, -0.000391721009,
+        7.4634554e-5,
+    ),
+    64: (
+        0.31830988618379067, -0.022535170724312469, 0.0059859796863377394, -0.0024647093279865692,
+        0.0012691655888037858, -0.00074813272682917179, 0.00048259794872714034,
+        -0.00033185703130211696, 0.00023893512264966457, -0.00017700272388117007,
+        0.00013149330196400181, -9.4053496198395362e-5, 6.1272373358155531e-5,
+        -3.4074269037372498e-5, 1.5058914821246523e-5, -4.8506077953335613e-6,
+        9.9809651149363307e-7, -9.7590585943071682e-8,
+    ),
+}
 # fmt: on
 
 
@@ -71,14 +101,26 @@ def _polynomial(table: dict[int, tuple[float, ...]], x: Batch) -> Batch:
 
 
 @jax.custom_jvp
+def arctan(tangent: Batch) -> Batch:
+    """The angle in [-π/4, π/4] of a `tangent` in [-1, 1]."""
+    square = tangent * tangent
+    return tangent + tangent * (square * _polynomial(_ARCTAN, square))
+
+
+@arctan.defjvp
+def _arctan_jvp(primals, tangents):
+    (tangent,), (d_tangent,) = primals, tangents
+    return arctan(tangent), d_tangent / (1 + tangent * tangent)
+
+
+@jax.custom_jvp
 def arctan2(y: Batch, x: Batch) -> Batch:
     """The angle of the point `(x, y)`, in [-π, π]; signs of 0 and infinities as in IEEE 754."""
     abs_x, abs_y = jnp.abs(x), jnp.abs(y)
     smaller, larger = jnp.minimum(abs_x, abs_y), jnp.maximum(abs_x, abs_y)
     # Of two equal ones it is 1, also of infinities; of two zeros 0; NaN stays NaN.
     tangent = jnp.where(smaller < larger, smaller / larger, jnp.sign(larger))
-    square = tangent * tangent
-    angle = tangent + tangent * (square * _polynomial(_ARCTAN, square))
+    angle = arctan(tangent)
     angle = jnp.where(abs_y > abs_x, jnp.pi / 2 - angle, angle)
     angle = jnp.where(jnp.signbit(x), jnp.pi - angle, angle)
     return jnp.copysign(angle, y)
@@ -126,3 +168,35 @@ def _arc_moment_jvp(primals, tangents):
     half = angle / 2
     slope = 2 / jnp.pi * angle * sine(half) * sine(jnp.pi / 2 - half)
     return arc_moment(angle), slope * d_angle
+
+
+@jax.custom_jvp
+def arc_cosine(rho: Batch) -> tuple[Batch, Batch]:
+    """The arc-cosine kernels `κ0, κ1` of degree 0 and 1 (Cho & Saul 2009) of a `ρ` in [-1, 1].
+
+    `κ0 = (π - arccos ρ)/π` and `κ1 = √(1-ρ²)/π + κ0 ρ`. Both are those of `-|ρ|` and what is exact:
+    `κ0(ρ) = 1 - κ0(-ρ)` and `κ1(ρ) = ρ + κ1(-ρ)`. A `ρ` that a Gram matrix of this dtype does not
+    tell from ±1 is taken for it.
+    """
+    size = jnp.abs(rho)
+    gap, root = _gap(rho)
+    angle, bend = root * _polynomial(_ANGLE, size), gap * root * _polynomial(_BEND, size)
+    return jnp.where(rho < 0, angle, 1 - angle), jnp.maximum(rho, 0) + bend
+
+
+@arc_cosine.defjvp
+def _arc_cosine_jvp(primals, tangents):
+    """`κ1' = κ0`, `κ0' = 1/(π√(1-ρ²))`, infinite at ±1: a kink is there, and 0 a subgradient."""
+    (rho,), (d_rho,) = primals, tangents
+    k0, k1 = arc_cosine(rho)
+    gap, root = _gap(rho)
+    sine = root * jnp.sqrt(2 - gap)
+    slope = jnp.where(sine == 0, 0, 1 / (jnp.pi * jnp.where(sine == 0, 1, sine)))
+    return (k0, k1), (slope * d_rho, k0 * d_rho)
+
+
+def _gap(rho: Batch) -> tuple[Batch, Batch]:
+    """`1 - |ρ|` and its square root, 0 within 8 units of rounding of `|ρ| = 1`."""
+    gap = 1 - jnp.abs(rho)
+    none = gap <= 8 * jnp.finfo(rho.dtype).eps  # written so that NaN stays NaN
+    return gap, jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, gap)))

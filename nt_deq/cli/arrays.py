@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Real, Shaped
 
+from nt_deq._files import whole
 from nt_deq.cli import csv_files
-from nt_deq.cli.files import whole
 from nt_deq.errors import InputError
 
 Task = Literal["auto", "regress", "classify"]
@@ -47,15 +47,21 @@ def read_input_pair(
             f"{other} has {others.shape[1]} features, and {path} has {x.shape[1]}; they must agree."
         )
     if csv_files.is_csv(path) and csv_files.is_csv(other):
-        names, other_names = csv_files.read_names(path), csv_files.read_names(other)
-        if names and other_names:
-            for i, (name, other_name) in enumerate(zip(names, other_names, strict=True), start=1):
-                if name != other_name:
-                    raise InputError(
-                        f"{other} has {other_name!r} in column {i}, and {path} has {name!r}: order "
-                        "the columns alike."
-                    )
+        check_columns(other, path, csv_files.read_names(path))
     return x, others
+
+
+def check_columns(path: str, other: str, other_names: list[str] | None) -> None:
+    """Raises where a table's header is not that of another, if both have one."""
+    names = csv_files.read_names(path)
+    if not names or not other_names:
+        return
+    for i, (name, other_name) in enumerate(zip(names, other_names, strict=False), start=1):
+        if name != other_name:
+            raise InputError(
+                f"{path} has {name!r} in column {i}, and {other} has {other_name!r}: order "
+                "the columns alike."
+            )
 
 
 def add_task_argument(parser: argparse.ArgumentParser) -> None:

@@ -65,7 +65,7 @@ def precision(args: argparse.Namespace) -> Iterator[np.dtype]:
     """Computes in the precision asked for, and gives its NumPy dtype."""
     import numpy as np
 
-    from nt_deq import _bridges
+    from nt_deq import _jax
 
-    with _bridges.enable_x64(args.x64):
+    with _jax.enable_x64(args.x64):
         yield np.dtype(np.float64 if args.x64 else np.float32)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, PyTree
 
-from nt_deq._bridges import instantiate_cotangents
+from nt_deq._jax import instantiate_cotangents
 from nt_deq.fixed_point.solver import Evaluation, Function, Solution, Solver
 
 instantiate_cotangents()

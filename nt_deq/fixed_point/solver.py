@@ -321,8 +321,8 @@ def norms(*arrays: Float[Array, "*batch _"]) -> tuple[Float[Array, "*batch"], ..
 
 
 def dot(a: Float[Array, "*#batch size"], b: Float[Array, "*#batch size"]) -> Float[Array, "*batch"]:
-    """Products along the last axis."""
-    return jnp.sum(a * b, axis=-1)
+    """Products along the last axis; XLA:CPU adds up long ones one number at a time if not so."""
+    return jnp.einsum("...i,...i->...", a, b, precision=lax.Precision.HIGHEST)
 
 
 def at_least_single(dtype: DTypeLike) -> np.dtype:

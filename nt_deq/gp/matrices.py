@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, PyTree, Real
 
 from nt_deq import _checks
-from nt_deq._bridges import enable_x64, nothing_is_traced
+from nt_deq._jax import enable_x64, nothing_is_traced
 from nt_deq.errors import ArgumentError, NotPositiveDefiniteError
 from nt_deq.typing import Get, KernelFn
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from jax.scipy.special import xlogy
 from jax.typing import ArrayLike
 from jaxtyping import Float, Key, Real
 
-from nt_deq import _checks
-from nt_deq._bridges import enable_x64
+from nt_deq import _checks, _saving
+from nt_deq._jax import enable_x64
+from nt_deq._probe import probe
 from nt_deq.errors import ArgumentError
 from nt_deq.gp.matrices import (
     check_definite,
@@ -273,6 +275,57 @@ class GaussianProcess:
         else:
             further._state = compute(grow, state, self._double)
         return further
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the process, with its factor, to a directory, from which `load` has it back.
+
+        A process that is there is replaced, at once and not before the new one is complete, so that
+        one or the other is there whenever the program is killed. The kernel function is not in it.
+
+        Args:
+          path: a directory, which is made if need be.
+
+        Raises:
+          ArgumentError: the process is traced: save it outside of `jax.jit`.
+          ModelError: the directory holds something else, or cannot be written.
+        """
+        if _checks.is_traced(self._state):
+            raise ArgumentError("the process is traced: save it outside of jax.jit and jax.grad.")
+        arrays = {name: np.asarray(array) for name, array in self._state._asdict().items()}
+        with mode(self._double):
+            arrays["probe"] = probe(self.kernel_fn, self.get, arrays["x"])
+        settings = {"get": self.get, "shape": list(self._shape), "weighted": self._weighted}
+        _saving.write(path, type(self).__name__, settings, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], kernel_fn: KernelFn) -> GaussianProcess:
+        """Reads the process that `save` has written; other versions of this package may have.
+
+        Nothing is factorised again. What was computed in float64 is loaded where JAX's x64 mode is
+        on, and for up to 2000 inputs also where it is not.
+
+        Args:
+          path: the directory.
+          kernel_fn: the kernel that the process was made with. It is compared, to rounding, between
+            eight of the inputs.
+
+        Raises:
+          ModelError: there is no such process, it is of a later version or damaged, another
+            kernel's, or in float64 while JAX is not.
+        """
+        _checks.kernel_function(kernel_fn)
+        _, settings, arrays = _saving.read(path, cls.__name__)
+        found: Any = settings
+        kernel_numbers, x = arrays.pop("probe"), arrays["x"]
+        process = object.__new__(cls)
+        process.kernel_fn, process.get = kernel_fn, found["get"]
+        process._shape, process._weighted = tuple(found["shape"]), found["weighted"]
+        process._double = x.dtype == np.float64 and in_float64(len(x))
+        with mode(process._double):
+            _saving.check_precision(path, x.dtype)
+            _saving.check_kernel(path, kernel_numbers, kernel_fn, process.get, x)
+            process._state = _State(**{name: jnp.asarray(a) for name, a in arrays.items()})
+        return process
 
     def _first_state(self, x, y, noise, weights) -> _State:
         x, y, counts, covariance = self._problem(x, y, noise, weights)

@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Num
 
 from nt_deq import _checks
-from nt_deq._bridges import enable_x64
+from nt_deq._jax import enable_x64
 from nt_deq.activations import Phi, get_activation
 from nt_deq.fixed_point.implicit import keep
 from nt_deq.fixed_point.solver import Solver, SteppingSolver

@@ -35,7 +35,7 @@ def tiled(kernel_fn: Callable[..., PyTree]) -> LayerKernelFn:
     `nt_deq.stax` is tiled already; this is for networks of `neural_tangents.stax`.
 
     A call goes by tiles where it asks for `'nngp'`, `'ntk'` or both of two batches of inputs, of
-    which one is larger than a tile (256 vectors on a CPU). All else goes whole: smaller batches, a
+    which one is larger than a tile (320 vectors on a CPU). All else goes whole: smaller batches, a
     `neural_tangents.Kernel`, `get=None` and other parts of it, options (`mask_constant`, `pattern`,
     `diagonal_batch`, `diagonal_spatial`), networks that need the covariances between the inputs of
     one batch, and those whose first axis is not the batch.

@@ -14,7 +14,8 @@ from nt_deq.regression.features import (
     concatenate,
     feature_error,
 )
-from nt_deq.regression.kernel_regression import KernelClassifier, KernelRegression
+from nt_deq.regression.kernel_classifier import KernelClassifier
+from nt_deq.regression.kernel_regression import KernelRegression
 from nt_deq.regression.plan import Plan
 from nt_deq.regression.power_series import Series, deq_series
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Real, Shaped
 from scipy import linalg
 
-from nt_deq import _checks
-from nt_deq.errors import ArgumentError
+from nt_deq import _checks, _saving
+from nt_deq._probe import few, same
+from nt_deq.errors import ArgumentError, ModelError
 from nt_deq.regression.features import Features
 
 
@@ -32,6 +34,7 @@ class FeatureRegression:
     """
 
     weights: Float[np.ndarray, "m ..."] | None = None
+    _probe: Real[np.ndarray, "few ..."] | None = None  # inputs, by which to know the features
 
     def __init__(self, features: Features, relative_noise: float = 1e-4):
         """Sets what to regress on.
@@ -62,7 +65,7 @@ class FeatureRegression:
             normal matrix is singular.
         """
         syrk = cast(Callable, linalg.get_blas_funcs("syrk", dtype=np.float64))
-        normal = moments = None
+        normal = moments = probe = None
         n = 0
         for number, (x, y) in enumerate(batches):
             z, y = np.asarray(self.features(x), np.float64), np.asarray(y, np.float64)
@@ -74,6 +77,7 @@ class FeatureRegression:
             if normal is None or moments is None:
                 normal = np.zeros((z.shape[1],) * 2, order="F")
                 moments = np.zeros((z.shape[1], *y.shape[1:]))
+                probe = few(np.asarray(x))
             if (len(normal), *y.shape[1:]) != (z.shape[1], *moments.shape[1:]):
                 raise ArgumentError(
                     f"batch {number} has {z.shape[1]} features and targets of shape {y.shape}; the "
@@ -96,7 +100,7 @@ class FeatureRegression:
                 f"relative_noise={self.relative_noise} is too small: the {len(normal)} features of "
                 f"{n} inputs are linearly dependent; take a larger one or fewer features."
             ) from None
-        self.weights = linalg.cho_solve(factor, moments)
+        self.weights, self._probe = linalg.cho_solve(factor, moments), probe
         return self
 
     def predict(self, x: Real[ArrayLike, "b ..."]) -> Float[Array, "b ..."]:
@@ -109,6 +113,61 @@ class FeatureRegression:
             raise ArgumentError("there are no weights yet: call fit first.")
         z = self.features(x)
         return jnp.matmul(z, jnp.asarray(self.weights, z.dtype), precision=lax.Precision.HIGHEST)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the weights to a directory, from which `load` has them back with the features.
+
+        A model that is there is replaced, at once and not before the new one is complete. Eight
+        inputs of the first batch are written too, by which other features are found out.
+
+        Args:
+          path: a directory, which is made if need be.
+
+        Raises:
+          ArgumentError: `fit` was not called.
+          ModelError: the directory holds something else, or cannot be written.
+        """
+        if self.weights is None or self._probe is None:
+            raise ArgumentError("there are no weights yet: call fit first.")
+        z = np.asarray(self.features(self._probe))
+        settings = {"relative_noise": float(self.relative_noise)}
+        arrays = {"weights": self.weights, "x": self._probe, "features": z}
+        _saving.write(path, type(self).__name__, settings, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], features: Features) -> FeatureRegression:
+        """Reads the model that `save` has written; other versions of this package may have.
+
+        Args:
+          path: the directory.
+          features: those that it was fitted with: `NystromFeatures` that were loaded too, or
+            `SketchFeatures` of the same arguments. What the model makes of them is compared, to
+            rounding, at a few inputs.
+
+        Raises:
+          ModelError: there is no such model, it is of a later version or damaged, of other
+            features, or in float64 while JAX is not.
+        """
+        _, settings, arrays = _saving.read(path, cls.__name__)
+        arguments: Any = settings
+        model = cls(features, **arguments)
+        weights, x, found = (arrays[name] for name in ("weights", "x", "features"))
+        _saving.check_precision(path, found.dtype)
+        z = np.asarray(features(x))
+        if z.shape != found.shape:
+            raise ModelError(
+                f"path={os.fspath(path)!r} holds a model of other features: {found.shape[1]} of "
+                f"them, and not {z.shape[1:]}."
+            )
+        # As exact as the products are; the features themselves are not where they are many.
+        scale = np.linalg.norm(found.astype(float), axis=1).max() * np.linalg.norm(weights, axis=0)
+        if not same(z @ weights, found @ weights, scale).all():
+            raise ModelError(
+                f"path={os.fspath(path)!r} holds a model of other features: what it predicts for "
+                "its own inputs is not what it did."
+            )
+        model.weights, model._probe = weights, x
+        return model
 
 
 def in_batches(

@@ -7,8 +7,10 @@ the latter can carry the leading terms of the kernel's power series and the form
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, PRNGKeyArray, Real
 from scipy import linalg
 
-from nt_deq import _checks
+from nt_deq import _checks, _saving
+from nt_deq._probe import probe
 from nt_deq.errors import ArgumentError
 from nt_deq.regression.pivoted import inverse_factor, rounding_norm
 from nt_deq.regression.power_series import Series
@@ -56,7 +59,10 @@ class NystromFeatures:
           ValueError: the kernel of the landmarks is not finite, or not positive semi-definite.
           NoEquilibriumError: by `kernel_fn`, here and in calls.
         """
+        _checks.real_numbers("landmarks", landmarks)
         landmarks = jnp.asarray(landmarks)
+        if not jnp.issubdtype(landmarks.dtype, jnp.floating):
+            landmarks = landmarks.astype(jnp.zeros(()).dtype)
         kernel = np.asarray(kernel_fn(landmarks, None, get))
         if not np.isfinite(kernel).all():
             raise ArgumentError(
@@ -76,8 +82,52 @@ class NystromFeatures:
                 f"x has shape {jnp.shape(x)}; the landmarks have shape {self.landmarks.shape}, and "
                 "all axes but the first must be the same."
             )
-        kernel = self.kernel_fn(jnp.asarray(x), self.landmarks, self.get)
+        x = jnp.asarray(x, self.landmarks.dtype)
+        kernel = self.kernel_fn(x, self.landmarks, self.get)
         return jnp.matmul(kernel, self._projection, precision=lax.Precision.HIGHEST)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the landmarks and their factor to a directory, from which `load` has them back.
+
+        Args:
+          path: a directory, which is made if need be. Features that are there are replaced.
+
+        Raises:
+          ModelError: the directory holds something else, or cannot be written.
+        """
+        landmarks = np.asarray(self.landmarks)
+        arrays = {
+            "landmarks": landmarks,
+            "projection": np.asarray(self._projection),
+            "probe": probe(self.kernel_fn, self.get, landmarks),
+        }
+        _saving.write(path, type(self).__name__, {"get": self.get}, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], kernel_fn: KernelFn) -> NystromFeatures:
+        """Reads the features that `save` has written; other versions of this package may have.
+
+        Args:
+          path: the directory.
+          kernel_fn: the kernel that they were made with. It is compared, to rounding, between eight
+            of the landmarks.
+
+        Raises:
+          ModelError: there are no such features, they are of a later version or damaged, another
+            kernel's, or in float64 while JAX is not.
+        """
+        _checks.kernel_function(kernel_fn)
+        _, settings, arrays = _saving.read(path, cls.__name__)
+        get: Any = settings["get"]
+        landmarks = arrays["landmarks"]
+        _saving.check_precision(path, landmarks.dtype)
+        _saving.check_kernel(path, arrays["probe"], kernel_fn, get, landmarks)
+        features = object.__new__(cls)
+        features.kernel_fn, features.get = kernel_fn, get
+        features.landmarks = jnp.asarray(landmarks)
+        features._projection = jnp.asarray(arrays["projection"])
+        features.size = features._projection.shape[1]
+        return features
 
 
 class SketchFeatures:

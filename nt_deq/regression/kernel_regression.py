@@ -1,24 +1,26 @@
-"""Kernel regression and classification with any stax kernel, as large as time allows."""
+"""Kernel regression with any stax kernel, as large as time allows."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Mapping
-from typing import Literal, overload
+from functools import cached_property
+from typing import Any, Literal, TypeVar, overload
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Float, Real, Shaped
+from jaxtyping import Float, Real
 
-from nt_deq import _checks
+from nt_deq import _checks, _saving
 from nt_deq._batches import by_batches
+from nt_deq._probe import probe
 from nt_deq._progress import QUIET
 from nt_deq.errors import ArgumentError
 from nt_deq.gp.matrices import variance_rounding
-from nt_deq.regression.cg import ConjugateGradients
+from nt_deq.regression.cg import ConjugateGradients, Solution
 from nt_deq.regression.cholesky import Cholesky
 from nt_deq.regression.layout import Layout, lost_process
 from nt_deq.regression.matrix import InMemory, KernelTiles, Recomputed, Stored, time_tile
@@ -30,6 +32,8 @@ from nt_deq.typing import JSON, Get, KernelFn
 _TEST = 1024  # inputs predicted at once
 _TEST_STD = 128  # likewise with variances, each of which is a right-hand side
 _FEW = 10  # tiles, which take no time that must be told before
+
+Regression = TypeVar("Regression", bound="KernelRegression")
 
 Method = Literal["auto", "cholesky", "cg"]
 Predicted = Float[np.ndarray, "m ..."] | tuple[Float[np.ndarray, "m ..."], Float[np.ndarray, " m"]]
@@ -71,7 +75,8 @@ class KernelRegression:
         by the kernel of eight of them.
 
     Attributes:
-      plan_: the `Plan` of the fit.
+      plan_: the `Plan` of the fit; of a model that was loaded, that of its solver on this machine,
+        which is made when a standard deviation or leave-one-out is first asked for.
       noise_: variance that was added to the diagonal.
       solution_: the `Solution` of conjugate gradients, else `None`.
       coefficients_: `(n, C)`, `(K + noise)⁻¹ y`, float64.
@@ -147,22 +152,14 @@ class KernelRegression:
           StoreError: the store is another kernel's, or cannot be written.
           LostProcessError: another process of the mesh was lost.
         """
-        x, y = _inputs(x), np.asarray(y)
+        x, y = inputs(x), np.asarray(y)
         _checks.targets("y", y, len(x))
         self._fit(x, y.astype(np.float64))
         return self
 
     def _fit(self, x: np.ndarray, y: np.ndarray) -> None:
         layout, targets = Layout(len(x), self.mesh), y.reshape(len(y), -1)
-        plan = make_plan(
-            layout,
-            method=self.method,
-            keep="store" if self.store is not None else self.keep,
-            rank=self.rank,
-            memory=self.memory,
-            outputs=targets.shape[1],
-            inputs_bytes=x.nbytes,
-        )
+        plan = self._make_plan(layout, targets.shape[1], x.nbytes)
         self._forget()  # so that its memory is free
         with lost_process(layout):
             kernel = KernelTiles(self.kernel_fn, self.get, layout, x)
@@ -184,6 +181,28 @@ class KernelRegression:
         self._kernel, self._solver, self._targets = kernel, solver, y
         self.plan_, self.noise_, self.solution_ = plan, noise, solution
         self.coefficients_ = coefficients
+
+    def _make_plan(self, layout: Layout, outputs: int, inputs_bytes: float) -> Plan:
+        return make_plan(
+            layout,
+            method=self.method,
+            keep="store" if self.store is not None else self.keep,
+            rank=self.rank,
+            memory=self.memory,
+            outputs=outputs,
+            inputs_bytes=inputs_bytes,
+        )
+
+    @cached_property
+    def plan_(self) -> Plan:
+        if not hasattr(self, "_kernel"):
+            raise AttributeError("there is no plan before a fit: call fit(x, y).")
+        kernel = self._kernel
+        return self._make_plan(kernel.layout, self.coefficients_.shape[1], kernel.x.nbytes)
+
+    @cached_property
+    def _solver(self) -> Cholesky | ConjugateGradients:
+        return self._make_solver(self.plan_, self._kernel, self.noise_)
 
     def _forget(self) -> None:
         """Leaves what the arguments say, as before any fit."""
@@ -241,7 +260,8 @@ class KernelRegression:
     def _predict(self, x: ArrayLike, return_std: bool) -> tuple[np.ndarray, np.ndarray | None]:
         if not hasattr(self, "coefficients_"):
             raise ArgumentError("predict needs a fit: call fit(x, y) first.")
-        x, kernel = _inputs(x), self._kernel
+        kernel = self._kernel
+        x = inputs(x, kernel.x.dtype)
         if x.shape[1:] != kernel.x.shape[1:]:
             raise ArgumentError(
                 f"x has inputs of shape {x.shape[1:]}, and the fit was to {kernel.x.shape[1:]}."
@@ -269,7 +289,7 @@ class KernelRegression:
         squares = np.sum(solved**2, axis=0)
         largest = float(self._kernel.diagonal.max())
         rounding = variance_rounding(self._kernel.x.dtype, prior, largest, squares)
-        if self.solution_ is not None:
+        if isinstance(self._solver, ConjugateGradients):
             rounding += self.relative_residual * np.sqrt(np.sum(covariance**2, axis=1) * squares)
         return np.maximum(variance, rounding)
 
@@ -294,68 +314,132 @@ class KernelRegression:
         Raises:
           ArgumentError: there was no fit, or one by conjugate gradients, which do not have it.
         """
-        solver = getattr(self, "_solver", None)
-        if not isinstance(solver, Cholesky):
+        fitted = hasattr(self, "_kernel") and self.plan_.method == "cholesky"
+        if not (fitted and isinstance(solver := self._solver, Cholesky)):
             raise ArgumentError("leave_one_out needs a fit with method='cholesky'.")
         inverse = solver.inverse_diagonal()[:, None]
         return self._targets - (self.coefficients_ / inverse).reshape(self._targets.shape)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the fitted model to a directory, from which `load` has it back.
 
-class KernelClassifier(KernelRegression):
-    """Classification by `KernelRegression`, whose arguments and attributes these are too.
+        A model that is there is replaced, at once and not before the new one is complete, so that
+        one or the other is there whenever the program is killed. The kernel itself is not in it:
+        `load` is given it again. Of the processes of a mesh the first one writes.
 
-    The targets are 1 for an input's class and 0 for every other, less their mean over classes,
-    `1/C`, and the class of the largest score is predicted.
+        Args:
+          path: a directory, which is made if need be.
 
-    Attributes:
-      classes_: sorted labels.
+        Raises:
+          ArgumentError: there was no fit.
+          ModelError: the directory holds something else, or cannot be written.
+        """
+        self._save(path, {})
+
+    def _save(self, path: str | os.PathLike[str], notes: Mapping[str, JSON]) -> None:
+        """`save`, with notes of the command line's."""
+        if not hasattr(self, "coefficients_"):
+            raise ArgumentError("save needs a fit: call fit(x, y) first.")
+        kernel, solution = self._kernel, self.solution_
+        if not kernel.layout.leads:
+            return
+        settings = {
+            "get": self.get,
+            "relative_noise": float(self.relative_noise),
+            "method": self.method,
+            "store": _absolute(self.store),
+            "keep": self.keep,
+            "rank": None if self.rank is None else int(self.rank),
+            "relative_residual": float(self.relative_residual),
+            "seed": int(self.seed),
+            "progress": self.progress,
+            "store_key": self.store_key,
+        }
+        fitted = {
+            "noise": self.noise_,
+            "solution": None if solution is None else solution._replace(value=None)._asdict(),
+        }
+        arrays = {
+            "x": kernel.x,
+            "targets": self._targets,
+            "coefficients": self.coefficients_,
+            "probe": probe(self.kernel_fn, self.get, kernel.x),
+        }
+        description = {"arguments": settings, "fitted": fitted, "notes": dict(notes)}
+        _saving.write(path, type(self).__name__, description, arrays | self._own_arrays())
+
+    def _own_arrays(self) -> dict[str, np.ndarray]:
+        """What else to save, for `_restore`."""
+        return {}
+
+    @classmethod
+    def load(
+        cls: type[Regression],
+        path: str | os.PathLike[str],
+        kernel_fn: KernelFn,
+        mesh: Mesh | None = None,
+    ) -> Regression:
+        """Reads the model that `save` has written; other versions of this package may have.
+
+        It predicts at once what it did. For a standard deviation or leave-one-out there must be a
+        factor, or what conjugate gradients need, which is not saved: it is made when one is first
+        asked for, in the time of a fit, by a plan for the memory that there is now. `store`,
+        `keep`, `rank`, `memory` and `method` may be set before, as attributes.
+
+        Args:
+          path: the directory.
+          kernel_fn: the kernel that the model was fitted with. It is compared, to rounding, between
+            eight of the inputs.
+          mesh: devices to compute on, as of `KernelRegression`.
+
+        Raises:
+          ModelError: there is no such model, it is of a later version or damaged, another kernel's,
+            or in float64 while JAX is not.
+        """
+        _checks.kernel_function(kernel_fn)
+        _, settings, arrays = _saving.read(path, cls.__name__)
+        description: Any = settings
+        model = cls(kernel_fn, mesh=mesh, **description["arguments"])
+        x = arrays["x"]
+        _saving.check_precision(path, x.dtype)
+        _saving.check_kernel(path, arrays["probe"], kernel_fn, model.get, x, model.store_key)
+        model._restore(description["fitted"], arrays)
+        return model
+
+    def _restore(self, fitted: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        layout = Layout(len(arrays["x"]), self.mesh)
+        self._kernel = KernelTiles(self.kernel_fn, self.get, layout, arrays["x"])
+        self._targets, self.coefficients_ = arrays["targets"], arrays["coefficients"]
+        self.noise_, solution = fitted["noise"], fitted["solution"]
+        if solution is not None:
+            solution = Solution(**solution | {"value": self.coefficients_})
+        self.solution_ = solution
+
+
+def _absolute(store: str | os.PathLike[str] | None) -> str | None:
+    """A store by a name that it has from every directory."""
+    if store is None or "://" in os.fspath(store):
+        return None if store is None else os.fspath(store)
+    return os.path.abspath(store)
+
+
+def inputs(x: ArrayLike, dtype: np.dtype | None = None) -> np.ndarray:
+    """Inputs in the dtype of everything: float64 of float64 inputs in JAX's x64 mode.
+
+    Args:
+      x: inputs.
+      dtype: of the fit, which its test inputs must have.
     """
-
-    def fit(self, x: Real[ArrayLike, "n ..."], y: Shaped[ArrayLike, " n"]) -> KernelClassifier:
-        """Fits to inputs `x (n, ...)` and labels `y (n,)`: integers, words or Booleans.
-
-        Errors are those of `KernelRegression.fit`.
-        """
-        x, y = _inputs(x), np.asarray(y)
-        if y.shape != (len(x),):
-            raise ArgumentError(f"y has shape {y.shape}: {len(x)} inputs need labels ({len(x)},).")
-        if np.issubdtype(y.dtype, np.inexact) and not np.isfinite(y).all():
-            raise ArgumentError("y has NaN or infinite values; drop or impute them.")
-        classes, labels = np.unique(y, return_inverse=True)
-        self._fit(x, np.eye(len(classes))[labels] - 1 / len(classes))
-        self.classes_ = classes
-        return self
-
-    @overload
-    def decision_function(
-        self, x: Real[ArrayLike, "m ..."], return_std: Literal[False] = False
-    ) -> Float[np.ndarray, "m C"]: ...
-
-    @overload
-    def decision_function(
-        self, x: Real[ArrayLike, "m ..."], return_std: Literal[True]
-    ) -> tuple[Float[np.ndarray, "m C"], Float[np.ndarray, " m"]]: ...
-
-    @overload
-    def decision_function(self, x: Real[ArrayLike, "m ..."], return_std: bool) -> Predicted: ...
-
-    def decision_function(self, x: Real[ArrayLike, "m ..."], return_std: bool = False) -> Predicted:
-        """Scores inputs `(m, ...)` for each of `classes_`, `(m, C)`, of which the largest counts.
-
-        With `return_std` their standard deviation too, `(m,)`: see `KernelRegression.predict`.
-        """
-        return super().predict(x, return_std)
-
-    def predict(self, x: Real[ArrayLike, "m ..."]) -> Shaped[np.ndarray, " m"]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Predicts the labels of inputs `(m, ...)`, `(m,)`."""
-        return self.classes_[self.decision_function(x).argmax(axis=1)]
-
-
-def _inputs(x: ArrayLike) -> np.ndarray:
-    """Inputs in the dtype of everything: float64 of float64 inputs in JAX's x64 mode."""
     _checks.real_numbers("x", x)
     x = np.asarray(x)
-    is_double = x.dtype == np.float64 and jnp.zeros(()).dtype == np.float64
-    x = x.astype(np.float64 if is_double else np.float32, copy=False)
+    x64 = jnp.zeros(()).dtype == np.float64
+    if dtype is None:
+        dtype = np.dtype(np.float64 if x.dtype == np.float64 and x64 else np.float32)
+    elif dtype == np.float64 and not x64:
+        raise ArgumentError(
+            "the fit was in float64, and JAX is in float32: predict in x64 mode too, "
+            "jax.config.update('jax_enable_x64', True)."
+        )
+    x = x.astype(dtype, copy=False)
     _checks.examples("x", x)
     return x

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Shaped
 
-from nt_deq._bridges import enable_x64, shard_map
+from nt_deq._jax import enable_x64, shard_map
 from nt_deq.errors import LostProcessError
 
 AXIS = "tiles"

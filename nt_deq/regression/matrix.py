@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from nt_deq._batches import by_batches, pad_rows
-from nt_deq._bridges import shard_map
+from nt_deq._jax import shard_map
 from nt_deq._progress import progress_bar
 from nt_deq.errors import NoEquilibriumError
 from nt_deq.gp import variances

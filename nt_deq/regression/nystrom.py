@@ -24,7 +24,7 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, PyTree
 
-from nt_deq._bridges import enable_x64, shard_map
+from nt_deq._jax import enable_x64, shard_map
 from nt_deq.errors import NotPositiveDefiniteError
 from nt_deq.regression.layout import AXIS, before_transpose, in_float64, pad_columns
 from nt_deq.regression.matrix import KernelTiles

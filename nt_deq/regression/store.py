@@ -15,12 +15,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 import tensorstore as ts
 from jaxtyping import Float
 
 from nt_deq import _checks
+from nt_deq._probe import probe, same
 from nt_deq.errors import StoreError
 from nt_deq.typing import JSON
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "nt_deq"
 _PENDING = 4  # tiles on their way to the disk
-_ROUNDING = 1e-5  # by which another machine's float32 may differ, relative to the largest
 
 
 def describe(kernel: KernelTiles, key: Mapping[str, JSON]) -> dict[str, JSON]:
@@ -40,8 +39,6 @@ def describe(kernel: KernelTiles, key: Mapping[str, JSON]) -> dict[str, JSON]:
     rounding, because another machine rounds otherwise. `key` is compared as it is.
     """
     x, layout = kernel.x, kernel.layout
-    few = x[np.linspace(0, len(x) - 1, min(len(x), 8)).astype(int)]
-    probe = np.asarray(jax.jit(lambda x: kernel.kernel_fn(x, None, kernel.get))(few))
     vector = np.random.default_rng(0).normal(size=x[0].size)
     parts = [x[layout.slice(tile)] for tile in range(layout.tiles)]
     prints = np.concatenate([part.reshape(len(part), -1) @ vector for part in parts])
@@ -51,7 +48,7 @@ def describe(kernel: KernelTiles, key: Mapping[str, JSON]) -> dict[str, JSON]:
         "shape": list(x.shape),
         "side": layout.side,
         "inputs": base64.b64encode(prints.astype("<f4").tobytes()).decode(),
-        "kernel": probe.astype(float).tolist(),
+        "kernel": probe(kernel.kernel_fn, kernel.get, x).astype(float).tolist(),
     }
 
 
@@ -86,16 +83,12 @@ def _differences(found: dict[str, JSON], expected: dict[str, JSON]) -> list[str]
         np.frombuffer(base64.b64decode(description["inputs"]), "<f4")
         for description in (found, expected)
     )
-    changed = np.flatnonzero(~_same(prints, others))
+    changed = np.flatnonzero(~same(prints, others))
     if changed.size:
         return [f"other values in {_checks.rows('x', changed)}"]
-    if not _same(np.array(found["kernel"]), np.array(expected["kernel"])).all():
+    if not same(np.array(found["kernel"]), np.array(expected["kernel"])).all():
         return changes(found, expected, ("kernel",))
     return []
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.abs(a - b) <= _ROUNDING * np.abs(b).max()
 
 
 class Store:

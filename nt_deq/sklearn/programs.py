@@ -15,7 +15,7 @@ from jaxtyping import Float, PyTree
 from threadpoolctl import threadpool_limits
 
 from nt_deq import gp
-from nt_deq._bridges import enable_x64
+from nt_deq._jax import enable_x64
 from nt_deq.activations import Activation
 from nt_deq.networks import deq_network
 from nt_deq.typing import MakeKernel, Number

@@ -12,11 +12,12 @@ import pytest
 from nt_deq.activations import elementary
 
 EXACT = {
+    "arctan": mpmath.atan,
     "sine": mpmath.sin,
     "versine": lambda a: 2 * mpmath.sin(a / 2) ** 2,
     "arc_moment": lambda a: (mpmath.sin(a) - a * mpmath.cos(a)) / mpmath.pi,
 }
-ENDS = {"sine": np.pi / 2, "versine": np.pi, "arc_moment": np.pi}  # of the range
+ENDS = {"arctan": 1.0, "sine": np.pi / 2, "versine": np.pi, "arc_moment": np.pi}  # of the range
 
 
 def units_off(found, exact):
@@ -94,9 +95,46 @@ def test_functions_of_one_number_are_exact_to_4_units(dtype, name):
     assert units_off(found, [EXACT[name](*number) for number in wide(x)]) < 4
 
 
+def test_arc_cosine_kernels_are_exact_to_4_units(dtype):
+    """Beside both ends too; where ρ is taken for ±1 `κ0` is off by the root of 8 units at most."""
+    rng = np.random.default_rng(3)
+    near = 1 - 10 ** rng.uniform(np.log10(32 * np.finfo(dtype).eps), 0, 2000)
+    rho = np.concatenate([near, -near, rng.uniform(-1, 1, 2000), [-1, 0, 1]]).astype(dtype)
+    k0, k1 = jax.jit(elementary.arc_cosine)(rho)
+    assert k0.dtype == k1.dtype == dtype
+    exact0 = [1 - mpmath.acos(r) / mpmath.pi for (r,) in wide(rho)]
+    assert units_off(k0, exact0) < 4
+    exact1 = [
+        mpmath.sqrt(1 - r * r) / mpmath.pi + k * r
+        for (r,), k in zip(wide(rho), exact0, strict=True)
+    ]
+    assert units_off(k1, exact1) < 4
+    taken = jnp.asarray([1 - 4 * np.finfo(dtype).eps, 1, -1], dtype)
+    np.testing.assert_array_equal(elementary.arc_cosine(taken)[0], [1, 1, 0])
+
+
+def test_derivatives_of_arc_cosine_kernels(x64):
+    """Of every order inside; at the ends the kink's is 0."""
+    rho = jnp.asarray([-0.999, -0.3, 0.0, 0.6, 0.9999])
+    k1 = jax.vmap(lambda r: elementary.arc_cosine(r)[1])
+    first, second, third = (
+        forward(k1)(rho),
+        forward(forward(k1))(rho),
+        forward(forward(forward(k1)))(rho),
+    )
+    np.testing.assert_array_equal(first, elementary.arc_cosine(rho)[0])
+    sine = np.sqrt((1 - rho) * (1 + rho))
+    np.testing.assert_allclose(second, 1 / (np.pi * sine), rtol=1e-14)
+    np.testing.assert_allclose(third, rho / (np.pi * sine**3), rtol=1e-13)
+    for end, slope in ((1.0, 1.0), (-1.0, 0.0)):
+        assert jax.grad(lambda r: elementary.arc_cosine(r)[1])(jnp.asarray(end)) == slope
+        assert jax.grad(lambda r: elementary.arc_cosine(r)[0])(jnp.asarray(end)) == 0
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_nan_stays_nan(dtype, name):
     assert np.isnan(getattr(elementary, name)(jnp.asarray(np.nan, dtype)))
+    assert np.isnan(elementary.arc_cosine(jnp.asarray(np.nan, dtype))).all()
 
 
 def forward(fn):
@@ -140,7 +178,7 @@ def test_xla_calls_no_library_for_them(dtype):
     """It calls libm for these operations, number by number, on a CPU."""
     x = jnp.linspace(0, 1, 64, dtype=dtype)
     call = re.compile(r"\b(atan2|atan|asin|acos|sine|cosine)\(")
-    for name in ("arctan2", *EXACT):
+    for name in ("arctan2", "arc_cosine", *EXACT):
         args = (x, x) if name == "arctan2" else (x,)
         program = jax.jit(getattr(elementary, name)).lower(*args).compile().as_text()
         assert not call.search(program), name

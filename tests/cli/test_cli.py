@@ -150,6 +150,65 @@ def test_predict_says_how_good_numbers_are(files, capsys):
     assert "y2.npy: R² " in out
 
 
+def test_predict_by_a_model_that_was_kept(files, capsys):
+    flags = ["--W-std", "0.7", "--relative-noise", "0.01"]
+    first = ["predict", "x.csv", "y.csv", "x2.csv", "--out", "p.npy", "--std", "s.npy", *flags]
+    assert main([*first, "--model", "m"]) == 0
+    assert "m: the model, for nt-deq predict X_test.npy --model m." in capsys.readouterr().out
+    again = ["predict", "x2.npy", "--out", "p2.npy", "--std", "s2.npy", "--model", "m"]
+    assert main([*again, "--y-test", "y2.npy"]) == 0
+    out = capsys.readouterr().out
+    assert "p2.npy, s2.npy: values for 7 inputs, learned from 14 by the model in m (" in out
+    assert "(--W-std 0.7, --U-std 1.0, --b-std 0.0, --activation relu, --get nngp, --rel" in out
+    assert "y2.npy: R² " in out
+    for name in "ps":
+        np.testing.assert_array_equal(np.load(f"{name}2.npy"), np.load(f"{name}.npy"))
+    found = nt_deq.KernelRegression.load("m", network(W_std=0.7)).predict(files["x2"])
+    np.testing.assert_array_equal(found, np.load("p.npy"))
+    x64 = [*first, "--model", "m64", "--x64", "--force"]
+    assert main(x64) == 0
+    assert main([*again, "--force", "--model", "m64"]) == 0  # as the model says
+    np.testing.assert_array_equal(np.load("p2.npy"), np.load("p.npy"))
+
+
+def test_predict_labels_by_a_model_that_was_kept(files, capsys):
+    flags = ["--probabilities", "q.npy", "--model", "m"]
+    named = Path("named.csv")
+    named.write_text("a,b,c\n" + Path("x.csv").read_text())
+    assert main(["predict", "named.csv", "words.csv", "x2.csv", "--out", "p.npy", *flags]) == 0
+    q, p = np.load("q.npy"), np.load("p.npy")
+    assert main(["predict", "x2.csv", "--out", "p2.npy", *flags, "--force"]) == 0
+    np.testing.assert_array_equal(np.load("p2.npy"), p)
+    np.testing.assert_array_equal(np.load("q.npy"), q)
+    found = nt_deq.KernelClassifier.load("m", network(W_std=0.8)).predict(files["x2"])
+    np.testing.assert_array_equal(found, p)
+    capsys.readouterr()
+    named.write_text("a,c,b\n" + Path("x2.csv").read_text())
+    x2 = ["predict", "x2.npy", "--out", "new.npy"]
+    for words, message in (
+        (["predict", "named.csv", "--out", "new.npy", "--model", "m"], "named.csv has 'c' in col"),
+        ([*x2, "--model", "m", "--W-std", "0.9"], "--W-std=0.9, and --model=m was made with 0.8"),
+        ([*x2, "--model", "m", "--get", "ntk"], "--get=ntk, and --model=m was made with nngp"),
+        ([*x2, "--model", "m", "--x64"], "--x64=True, and --model=m was made with False"),
+        ([*x2, "--model", "m", "--store", "k"], "--store=k, and --model=m was made with None"),
+        ([*x2, "--model", "m", "--task", "regress"], "--task=regress, and --model=m was made"),
+        ([*x2, "--model", "m", "--y-test", "y2.npy"], "=classify needs labels"),
+        ([*x2, "--model", "none"], "--model=none holds no model"),
+        (x2, "predict takes X.npy y.npy X_test.npy, or X_test.npy alone and --model DIR"),
+        ([*x2[:2], *x2[1:]], "predict takes X.npy y.npy X_test.npy, or"),
+        (["predict", "flat.npy", "--out", "new.npy", "--model", "m"], "inputs are (n, d)"),
+        (["predict", "x.npy", "words.npy", *x2[1:], "--model", "m"], "m holds a model already"),
+        (["predict", "x.npy", "words.npy", *x2[1:], "--model", "."], "holds something else"),
+    ):
+        assert main(words) == 2, words
+        assert message in capsys.readouterr().err
+    nt_deq.KernelClassifier(network(W_std=0.8), progress=False).fit(
+        files["x"], files["words"]
+    ).save("own")
+    assert main([*x2, "--model", "own"]) == 2
+    assert "own holds a KernelClassifier of Python's: load it there" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_compare(files, capsys):
     words = ["compare", "x.npy", "y.npy", "--widths", "128,16", "--networks", "2", "--steps", "20"]

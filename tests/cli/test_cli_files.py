@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from nt_deq import _progress
+from nt_deq._files import remove_orphans, whole
 from nt_deq.cli import arrays, csv_files, quality
-from nt_deq.cli.files import check_outputs, remove_orphans, whole
+from nt_deq.cli.files import check_outputs
 from nt_deq.errors import InputError
 
 
@@ -212,7 +213,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 def test_what_a_dead_writer_left_is_removed(tmp_path):
     program = (
-        "import os, sys; from nt_deq.cli.files import whole\n"
+        "import os, sys; from nt_deq._files import whole\n"
         "with whole('dead.npy') as file: file.write_text('part'); os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=False, timeout=60)

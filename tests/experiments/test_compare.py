@@ -61,8 +61,13 @@ def test_the_numbers_that_it_writes(run):
     slope = np.polyfit(np.repeat(np.log([16, 32]), 3), np.log(distances[:, -1].ravel()), 1)[0]
     assert fit["exponent"] == pytest.approx(slope)
     assert fit["low"] < slope < fit["high"]
-    assert numbers["slope_at_steps"][-1] == {"steps": 4, **fit}
-    assert numbers["claims"][0]["holds"] == (fit["low"] <= -0.5 <= fit["high"])
+    leading = numbers["leading"]
+    assert numbers["at_steps"][-1] == {"steps": 4, "slope": fit, "leading": leading}
+    assert leading["exponent"] == pytest.approx(slope, abs=0.1)  # of two widths, the same but for
+    assert leading["orders"] == 0  # the scatter
+    holds = leading["low"] <= -0.5 <= leading["high"] < 0
+    assert numbers["claims"][0]["holds"] == holds
+    assert [local["exponent"] for local in numbers["local_slopes"]] == [pytest.approx(slope)]
     assert f"{slope:.3f}".replace("-", "−") in (path / "report.md").read_text()
 
     for kind in ("train_mse", "test_mse"):

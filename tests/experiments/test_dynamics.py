@@ -95,8 +95,9 @@ def test_all_distances_fall_with_width(run):
     x, y = np.repeat(np.log([16, 256]), 4), np.log([narrow["distance"][-1], wide["distance"][-1]])
     slope = np.polyfit(x, y.ravel(), 1)[0]
     assert found["distance_fits"][-1]["exponent"] == pytest.approx(slope)
-    assert found["local_slopes"] == pytest.approx([slope], abs=0.2)  # of means, not of logarithms
-    assert found["widest_fit"] == found["distance_fits"][-1]  # there are two widths
+    assert found["local_slopes"] == [found["distance_fits"][-1]]  # there are two widths
+    assert found["distance_leading"][-1]["exponent"] == pytest.approx(slope, abs=0.1)
+    assert found["ntk_leading"]["orders"] == 0
 
 
 @pytest.mark.slow

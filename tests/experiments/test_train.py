@@ -29,6 +29,8 @@ from experiments.train import trained
 from experiments.train.classifier import Settings
 from nt_deq.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("promotion")  # by Adam of optax
+
 MNIST = os.environ.get("NT_DEQ_MNIST")
 TINY = Settings(
     n_train=50, n_test=20, width=12, batch_size=16, epochs=2, learning_rate=0.05, log_every=4

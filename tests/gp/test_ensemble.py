@@ -7,7 +7,7 @@ import pytest
 from jax import random
 
 from nt_deq import NotPositiveDefiniteError, gp, nt, stax
-from nt_deq._bridges import enable_x64
+from nt_deq._jax import enable_x64
 
 NETWORK = stax.serial(stax.DEQ(1, 0.8, b_std=0.2), stax.Dense(1))
 KERNEL_FN = NETWORK[2]

@@ -13,7 +13,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct
 
 from nt_deq import NoEquilibriumError, deq_kernel, gp, stax
-from nt_deq._bridges import enable_x64
+from nt_deq._jax import enable_x64
 from nt_deq.activations import ACTIVATIONS
 from nt_deq.gp import matrices
 from nt_deq.regression import NotPositiveDefiniteError

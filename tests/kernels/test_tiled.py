@@ -14,7 +14,7 @@ from conftest import float64
 from nt_deq import NoEquilibriumError, stax
 from nt_deq.kernels import tiles
 
-N1, N2 = 300, 270  # more than a tile of 256, and no multiple of it
+N1, N2 = 340, 330  # more than a tile of 320, and no multiple of it
 
 
 def inputs(n, *shape, seed=0, dtype=np.float64):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nt_deq import KernelRegression, stax
-from nt_deq._bridges import enable_x64
+from nt_deq._jax import enable_x64
 from nt_deq.regression import layout
 from nt_deq.regression.store import Store
 

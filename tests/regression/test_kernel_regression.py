@@ -20,7 +20,7 @@ from sklearn.kernel_ridge import KernelRidge
 
 import nt_deq
 from nt_deq import KernelClassifier, KernelRegression, stax
-from nt_deq._bridges import enable_x64
+from nt_deq._jax import enable_x64
 from nt_deq.regression import (
     NotPositiveDefiniteError,
     StoreError,

@@ -21,7 +21,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from threadpoolctl import threadpool_info
 
 from nt_deq import NoEquilibriumError, gp, stax
-from nt_deq._bridges import enable_x64
+from nt_deq._jax import enable_x64
 from nt_deq.activations import ACTIVATIONS
 from nt_deq.sklearn import DEQClassifier, DEQRegressor, padding
 

@@ -163,6 +163,7 @@ NETWORKS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.usefixtures("promotion")  # slicing, by neural-tangents
 @pytest.mark.parametrize(
     "implementation",
     slow_except(set(nt.NtkImplementation) - {nt.NtkImplementation.AUTO}, nt.NtkImplementation),
@@ -179,6 +180,7 @@ def test_empirical_ntk_fn(network, implementation):
     np.testing.assert_allclose(ntk_fn(x, None, params), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("promotion")  # slicing, by neural-tangents
 @NETWORKS
 def test_empirical_kernels(network):
     apply_fn, params, x = network()
