@@ -43,6 +43,24 @@ def standard_deviations(**values) -> None:
             )
 
 
+def time(name: str, value, positive: bool = True) -> None:
+    """Raises unless `value` is a finite scalar above 0, or of at least 0 (a traced one: a scalar).
+
+    Args:
+      name: of the argument.
+      value: a time, or a rate.
+      positive: whether 0 is an error too.
+    """
+    known = _is_real(_dtype(value)) and np.ndim(value) == 0
+    if not known or not (is_traced(value) or _within(value, positive)):
+        bound = "above 0" if positive else "of at least 0"
+        raise ArgumentError(f"{name}={value!r} must be one finite number {bound}.")
+
+
+def _within(value, positive: bool) -> bool:
+    return bool((value > 0 if positive else value >= 0) and value < np.inf)
+
+
 def variance(name: str, value) -> None:
     """Raises unless `value` is a finite scalar of at least 0 (a traced one: a scalar)."""
     known = _is_real(_dtype(value)) and np.ndim(value) == 0

@@ -29,20 +29,28 @@ from nt_deq.activations.activation import affine_erf, sinusoid
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.implicit import keep
 from nt_deq.fixed_point.newton import Newton
+from nt_deq.fixed_point.picard import Picard
 from nt_deq.fixed_point.solve import equilibrium
 from nt_deq.fixed_point.solver import Solver, check_solver
 from nt_deq.kernels.cell import large_rates, solve_cell, unreversed
 from nt_deq.kernels.check_cell import check_gaussian, check_no_bypass, check_shape
-from nt_deq.kernels.diagnosis import raise_unless_cell_solved, raise_unless_solved
+from nt_deq.kernels.diagnosis import (
+    raise_unless_cell_solved,
+    raise_unless_solved,
+    raise_unless_two_time_solved,
+)
 from nt_deq.kernels.equations import Injection, dense_solver, solve_equilibrium
 from nt_deq.kernels.nonlinearity import apply_dual
 from nt_deq.kernels.series import Chebyshev
 from nt_deq.kernels.tiled import tiled
+from nt_deq.kernels.two_time import Dynamics, grids_for, solve_two_time, solve_with_fewest
+from nt_deq.trajectory import euler, trajectory_end
 from nt_deq.typing import AnyLayer, Layer, LayerKernelFn, Number
 
 __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
     "DEQ",
     "FixedPoint",
+    "NeuralODE",
     "Nonlinearity",
 ]
 
@@ -234,7 +242,7 @@ def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -
 
     @cache
     def check_bypass(shape):  # once per shape: it runs the finite cell
-        check_no_bypass(cell_init, cell_apply, shape)
+        check_no_bypass("FixedPoint", cell_init, cell_apply, shape)
 
     def layer(z, args):
         params, u, mask, kwargs = args
@@ -247,7 +255,7 @@ def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -
         rng_cell, rng_inject = random.split(rng)
         shape, inject_params = inject_init(rng_inject, input_shape, **kwargs)
         cell_shape, cell_params = cell_init(rng_cell, shape, **kwargs)
-        check_shape(cell_shape, shape)
+        check_shape("FixedPoint", cell_shape, shape)
         return shape, (cell_params, inject_params)
 
     @_full_precision
@@ -268,10 +276,131 @@ def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -
             raise NotImplementedError("FixedPoint does not take the `pattern` of stax.Aggregate.")
         u = unreversed(inject_kernel(k, **kwargs))
         assert u.shape1 is not None
-        check_gaussian(cell_kernel, u)
+        check_gaussian("FixedPoint", cell_kernel, u)
         check_bypass((*u.shape1[:batch_axis], 2, *u.shape1[batch_axis + 1 :]))
         found = solve(u)
         raise_unless_cell_solved(found, lambda: large_rates(cell_kernel, u))
+        return found.kernel
+
+    return init_fn, apply_fn, kernel_fn
+
+
+@_layer
+def NeuralODE(
+    cell: AnyLayer,
+    inject: AnyLayer,
+    T: Number = 1.0,
+    leak: Number = 0.0,
+    steps: int | None = None,
+    inject_always: bool = False,
+    solver: Solver | None = None,
+) -> Layer:
+    """A neural ODE, `ż = -leak · z + cell(z)` from `z(0) = inject(x)`, with tied weights: `z(T)`.
+
+    Returns the state itself: put the nonlinearity and the readout after it. The cell reads its own
+    output, so it keeps the shape, and it ends in a layer with random weights, which are the same at
+    all times (Gao, Sun, Liu & Gao, arXiv 2509.22436). With `leak=1` and `inject_always` the
+    equilibrium of the ODE is that of `FixedPoint(cell, inject)`, which it approaches as `T` grows.
+
+    The kernel is that of a spectral method in both times, whose nodes are as many as an estimate of
+    its own error asks for: at most 1e-6 of `√(k k')` in float32 and 1e-9 in float64, or no number
+    at all. The estimate is what the highest two degrees of the solution change, not a bound. That
+    of the residual network is exact. In float32 rounding adds up to 1e-6.
+
+    Args:
+      cell: `(init_fn, apply_fn, kernel_fn)` of what moves the state, for example
+        `stax.serial(stax.Relu(), stax.Dense(64))`.
+      inject: likewise of what the input goes through, once, for example `stax.Dense(64)`.
+      T: the time at which the state is read, above 0; it may be traced.
+      leak: the rate at which the state decays, at least 0; it may be traced.
+      steps: of Euler's rule, `z ← z + T/steps · ż`: the residual network of so many layers. `None`
+        is the differential equation.
+      inject_always: whether `inject(x)` is added at all times, with `z(0) = 0`, instead of being
+        the first state.
+      solver: of the kernel's integral equation. `None` is `nt_deq.Picard()`, whose iteration
+        converges at any `W_std`; `nt_deq.Anderson()` may take fewer steps where `T` is large.
+
+    Returns:
+      `(init_fn, apply_fn, kernel_fn)`. The parameters are `(cell, inject)`.
+
+    Raises:
+      OverflowError: by `kernel_fn`, where the variance of some input leaves the dtype before `T`;
+        under a transformation its row and column are NaN instead.
+      NotConvergedError: by `kernel_fn`, where the solver gave up or its nodes were too few, and by
+        `apply_fn`, where the integration of the finite network did (likewise).
+      ValueError, TypeError: an argument cannot be right; the message says why.
+    """
+    _checks.layer("cell", cell)
+    _checks.layer("inject", inject)
+    _checks.time("T", T)
+    _checks.time("leak", leak, positive=False)
+    if steps is not None:
+        _checks.count("steps", steps)
+    check_solver(solver)
+    if isinstance(solver, Chebyshev | Newton):
+        raise ArgumentError(
+            f"solver={solver!r} is for equations of one number each, and the times of a pair are "
+            "coupled; pass None, nt_deq.Picard() or nt_deq.Anderson()."
+        )
+    (cell_init, cell_apply, cell_kernel), (inject_init, inject_apply, inject_kernel) = cell, inject
+    requirements = vars(_nt_stax.serial(inject, cell, cell)[2])["input_req"]
+    batch_axis = requirements.get("batch_axis", 0)
+    method = Picard() if solver is None else solver
+
+    @partial(jax.jit, static_argnums=3)
+    def solve(u, T, leak, grids):
+        dynamics = Dynamics(T, leak, inject_always, steps, method)
+        return solve_two_time(cell_kernel, u, dynamics, grids)
+
+    @cache
+    def check_bypass(shape):  # once per shape: it runs the finite cell
+        check_no_bypass("NeuralODE", cell_init, cell_apply, shape)
+
+    def init_fn(rng, input_shape, **kwargs):
+        rng_cell, rng_inject = random.split(rng)
+        shape, inject_params = inject_init(rng_inject, input_shape, **kwargs)
+        cell_shape, cell_params = cell_init(rng_cell, shape, **kwargs)
+        check_shape("NeuralODE", cell_shape, shape)
+        return shape, (cell_params, inject_params)
+
+    @_full_precision
+    def apply_fn(params: PyTree, inputs: PyTree, **kwargs: PyTree) -> PyTree:
+        u = inject_apply(params[1], inputs, **kwargs)
+        kwargs.pop("mask_constant", None)  # a value of the inputs, not of z
+        masked = isinstance(u, _MASKED)
+        u, mask = (u.masked_value, u.mask) if masked else (u, None)
+
+        def velocity(z):
+            out = cell_apply(params[0], z if mask is None else _MASKED(z, mask), **kwargs)
+            out = (out if mask is None else out.masked_value) - jnp.asarray(leak, u.dtype) * z
+            return out + u if inject_always else out
+
+        start = jnp.zeros_like(u) if inject_always else u
+        end = jnp.asarray(T, u.dtype)
+        if steps is None:
+            z = trajectory_end(velocity, start, end, batch_axis)
+        else:
+            z = euler(velocity, start, end, steps)
+        return _MASKED(z, mask) if masked else z
+
+    @_requires(**requirements)
+    def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
+        _checks.batches(k)
+        if kwargs.get("pattern") is not None:
+            raise NotImplementedError("NeuralODE does not take the `pattern` of stax.Aggregate.")
+        u = unreversed(inject_kernel(k, **kwargs))
+        assert u.shape1 is not None
+        check_gaussian("NeuralODE", cell_kernel, u)
+        check_bypass((*u.shape1[:batch_axis], 2, *u.shape1[batch_axis + 1 :]))
+        dtype = u.nngp.dtype
+        none = not _checks.is_traced(leak) and leak == 0
+        arguments = u, jnp.asarray(T, dtype), None if none else jnp.asarray(leak, dtype)
+        found = solve_with_fewest(
+            lambda grids: solve(*arguments, grids),
+            grids_for(dtype, steps),
+            _checks.is_traced(*arguments),
+        )
+        raise_unless_two_time_solved(found, T)
         return found.kernel
 
     return init_fn, apply_fn, kernel_fn

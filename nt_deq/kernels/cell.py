@@ -92,7 +92,7 @@ def solve_cell(kernel_map: KernelMap, inject: nt.Kernel, solver: Solver | None) 
       inject: the kernel `S` of the injection.
       solver: the method; `None` is `Newton` without spatial axes and `Anderson` with them.
     """
-    cell = _in_order(kernel_map)
+    cell = in_order(kernel_map)
     spatial = inject.nngp.ndim > 2
     if solver is None:
         solver = Anderson(window=3) if spatial else Newton()
@@ -100,7 +100,7 @@ def solve_cell(kernel_map: KernelMap, inject: nt.Kernel, solver: Solver | None) 
     cov1, rates1 = _solve_marginals(cell, inject, solver)
     cov2, rates2 = None, rates1
     if inject.cov2 is not None:
-        cov2, rates2 = _solve_marginals(cell, _swapped(inject), solver)
+        cov2, rates2 = _solve_marginals(cell, swapped(inject), solver)
 
     k = inject.replace(cov1=cov1, cov2=cov2, ntk=None)
     exists = rates1.stable[:, None] & rates2.stable[None, :]
@@ -124,7 +124,7 @@ def solve_cell(kernel_map: KernelMap, inject: nt.Kernel, solver: Solver | None) 
     return CellSolution(solution, rates1, rates2, converged | ~exists, steps)
 
 
-def _in_order(kernel_map: KernelMap) -> KernelMap:
+def in_order(kernel_map: KernelMap) -> KernelMap:
     """The same map; a convolution leaves the order of the spatial axes reversed."""
     return lambda k: unreversed(kernel_map(k))
 
@@ -134,7 +134,7 @@ def _first_inputs(k: nt.Kernel) -> nt.Kernel:
     return k.slice(slice(None), slice(0, 1)).replace(ntk=None, x1_is_x2=jnp.array(False))
 
 
-def _swapped(k: nt.Kernel) -> nt.Kernel:
+def swapped(k: nt.Kernel) -> nt.Kernel:
     """The kernel of the second inputs with the first."""
     return k.replace(
         cov1=k.cov2, mask1=k.mask2, shape1=k.shape2,
@@ -245,10 +245,10 @@ def large_rates(
         largest = jnp.max(slim.cov1, axis=tuple(range(1, slim.cov1.ndim)), keepdims=True)
         most = 1e-3 * float(jnp.finfo(largest.dtype).max) ** 0.5
         factor = jnp.minimum(1e6, most / jnp.maximum(largest, 1e-6 * most))
-        return _rates(_in_order(kernel_map), slim, factor * slim.cov1)[0]
+        return _rates(in_order(kernel_map), slim, factor * slim.cov1)[0]
 
     first = rates(inject)
-    return first, first if inject.cov2 is None else rates(_swapped(inject))
+    return first, first if inject.cov2 is None else rates(swapped(inject))
 
 
 def _scale(k: nt.Kernel) -> Array:

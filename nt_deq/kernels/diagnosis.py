@@ -20,6 +20,7 @@ from nt_deq.typing import Number
 if TYPE_CHECKING:
     from nt_deq.kernels.cell import CellSolution
     from nt_deq.kernels.equations import Marginals
+    from nt_deq.kernels.two_time import TwoTimeSolution
 
 
 def raise_unless_solved(
@@ -179,4 +180,52 @@ def raise_unless_cell_solved(
         raise NotConvergedError(
             f"FixedPoint: {failed.sum()} of {failed.size} pairs did not converge in {int(steps)} "
             "steps; allow the solver more max_steps or a larger rtol."
+        )
+
+
+def raise_unless_two_time_solved(solution: TwoTimeSolution, T: Number) -> None:
+    """The same of `stax.NeuralODE`."""
+    _, variances, own1, own2, pairs = solution
+    tolerance = solution.tolerance
+    if _checks.is_traced(solution):
+        return
+    for side, injected, own in zip(("x1", "x2"), variances, (own1, own2), strict=True):
+        injected, error = np.asarray(injected), np.asarray(own.error)
+        dtype = own.error.dtype
+        until = f"T={float(T):.6g}"
+
+        def rows(which, side=side):
+            return _checks.rows(side, np.flatnonzero(which))
+
+        if np.isnan(injected).any():
+            raise ArgumentError(
+                f"NeuralODE: there are NaN or infinite values in {rows(np.isnan(injected))}; drop "
+                "or impute them."
+            )
+        overflowed = np.isinf(injected) | ~np.isfinite(own.residual)
+        if overflowed.any():
+            raise OverflowError(
+                f"NeuralODE: the variance of {rows(overflowed)} overflows {dtype} until {until}; "
+                "make T, the inputs or the standard deviations smaller, or the leak larger."
+            )
+        _raise_unless_known(rows, ~np.asarray(own.converged), error > tolerance, until, tolerance)
+    failed, inexact = ~np.asarray(pairs.converged), np.asarray(pairs.error) > tolerance
+
+    def number(which):
+        return f"{which.sum()} of {which.size} pairs"
+
+    _raise_unless_known(number, failed, inexact & ~failed, f"T={float(T):.6g}", tolerance)
+
+
+def _raise_unless_known(name, failed, inexact, until, tolerance) -> None:
+    if failed.any():
+        raise NotConvergedError(
+            f"NeuralODE: the integral equation until {until} of {name(failed)} did not converge; "
+            "allow the solver more max_steps or a larger rtol, or make T smaller."
+        )
+    if inexact.any():
+        raise NotConvergedError(
+            f"NeuralODE: the nodes in time are too few for the relative error {tolerance:.0e} of "
+            f"{name(inexact)} until {until}; make T or the standard deviations of the cell "
+            "smaller, or take steps=..., a residual network."
         )

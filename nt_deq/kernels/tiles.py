@@ -59,6 +59,12 @@ def fits(shape: Sequence[int], block: int) -> bool:
     return max(shape) <= _side(_SIDE_ON_CPU, block)
 
 
+def batch_size(block: int) -> int:
+    """How many of a list of pairs of so many entries are as much as one tile."""
+    side = _SIDE_ON_CPU if jax.default_backend() == "cpu" else _SIDE
+    return max(1, side**2 // block)
+
+
 def _side(side: int, block: int) -> int:
     """The side of a tile of blocks that has as many entries as one of single ones."""
     return max(1, math.isqrt(side**2 // block))

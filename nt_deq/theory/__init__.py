@@ -32,6 +32,9 @@ from nt_deq.theory.gaussianity import (
     lilliefors,
     mardia,
 )
+from nt_deq.theory.residual import (
+    untied_residual_kernels,
+)
 
 __all__ = [
     "GaussianityTest",
@@ -48,4 +51,5 @@ __all__ = [
     "mlp_correlation_gap",
     "mlp_kernels",
     "smallest_eigenvalue",
+    "untied_residual_kernels",
 ]

@@ -103,7 +103,9 @@ def _solved(x, steps):
 def test_the_finite_cell_is_run_once_per_shape(monkeypatch):
     """Whether z bypasses the weights does not depend on the batch, nor is it asked again."""
     shapes = []
-    monkeypatch.setattr(stax, "check_no_bypass", lambda init, apply, shape: shapes.append(shape))
+    monkeypatch.setattr(
+        stax, "check_no_bypass", lambda layer, init, apply, shape: shapes.append(shape)
+    )
     cell = stax.serial(stax.Erf(), stax.Dense(4, 0.5))
     layer = stax.FixedPoint(cell, stax.Dense(4))[2]
     for n in (2, 3, 3):
