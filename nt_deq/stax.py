@@ -3,17 +3,17 @@
 Everything that `neural_tangents.stax` exports is here too, so that one import changes:
 `from nt_deq import stax`. `Relu`, `LeakyRelu`, `Abs`, `ABRelu`, `Erf`, `Gelu`, `Sin`, `Cos` and
 `Rbf` compute the same functions with kernels that are exact, and differentiable, where an input
-meets itself; a network's kernel is computed tile by tile of pairs (`nt_deq.tiled`), with matrix
-products in full precision on every platform.
+meets itself, and `Conv` one that is faster; a network's kernel is computed tile by tile of pairs
+(`nt_deq.tiled`), with matrix products in full precision on every platform.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial, wraps
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from nt_deq.fixed_point.solve import equilibrium
 from nt_deq.fixed_point.solver import Solver, check_solver
 from nt_deq.kernels.cell import large_rates, solve_cell, unreversed
 from nt_deq.kernels.check_cell import check_gaussian, check_no_bypass, check_shape
+from nt_deq.kernels.convolution import convolution
 from nt_deq.kernels.diagnosis import (
     raise_unless_cell_solved,
     raise_unless_solved,
@@ -197,6 +198,24 @@ def Rbf(gamma: Number = 1.0) -> Layer:
     if _checks.is_traced(gamma):
         return _with_exact_kernel(_nt_stax.Rbf)(gamma)
     return Sin(math.sqrt(2), math.sqrt(2 * float(gamma)), math.pi / 4)
+
+
+@_layer
+@_nt_stax.supports_masking(remask_kernel=True)
+def Conv(
+    out_chan: int,
+    filter_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: str = "VALID",
+    W_std: Number = 1.0,
+    b_std: Number | None = None,
+    dimension_numbers: tuple[str, str, str] | None = None,
+    parameterization: str = "ntk",
+    s: tuple[int, int] = (1, 1),
+) -> Any:  # with a mask_fn, for the decorator
+    """A convolution, as `neural_tangents.stax.Conv`, whose kernel is a sum of shifts."""
+    size, scale = (out_chan, filter_shape, strides, padding), (W_std, b_std)
+    return convolution(*size, *scale, dimension_numbers, parameterization, s)
 
 
 @_layer

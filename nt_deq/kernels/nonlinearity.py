@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import neural_tangents as nt
-from jax import Array, lax
+from jax import Array
 
 from nt_deq._checks import is_traced
 from nt_deq.activations import Activation
 from nt_deq.errors import ArgumentError, NotConvergedError
+from nt_deq.kernels.fusion import computed_once
 
 
 def apply_dual(activation: Activation, k: nt.Kernel) -> nt.Kernel:
@@ -25,7 +26,7 @@ def apply_dual(activation: Activation, k: nt.Kernel) -> nt.Kernel:
         rows, columns = k.cov1, k.cov1 if k.cov2 is None else k.cov2
 
         def within(cov):
-            return _computed_once(activation.dual_diagonal(cov)[0])
+            return computed_once(activation.dual_diagonal(cov)[0])
     else:
         rows, _ = _outer(_variances(k.cov1))
         _, columns = _outer(_variances(k.cov1 if k.cov2 is None else k.cov2))
@@ -62,17 +63,6 @@ def _raise_beyond_range(activation, covariances) -> None:
                 "the weights before it smaller, or take an activation with a closed form, such as "
                 "'erf'."
             )
-
-
-def _computed_once(variances: Array) -> Array:
-    """The same numbers, which XLA:CPU then computes once per input and not anew for every pair.
-
-    It computes cheap operations wherever their results are used, and drops barriers before it does.
-    A division is not cheap, and XLA does not know that squares of integers are 0 or 1 modulo 4.
-    """
-    number = lax.bitcast_convert_type(variances.astype(jnp.float32), jnp.int32)
-    one = (number * number % 4 < 2).astype(variances.dtype)
-    return variances / lax.stop_gradient(one)
 
 
 def _variances(cov: Array) -> Array:
