@@ -6,8 +6,9 @@ For `(u, u') ~ N(0, [[k1, c], [c, k2]])` the infinite-width kernels need the *du
     V = E[φ(u) φ(u')],     V̇ = E[φ'(u) φ'(u')] = ∂V/∂c   (Price's theorem).
 
 Closed forms are in `nt_deq.activations.closed_forms`, and mixtures of them, as tanh, in
-`nt_deq.activations.mixtures`, those of functions with kinks in `nt_deq.activations.kinks`; any
-other function is expanded in Hermite polynomials (`nt_deq.activations.hermite`).
+`nt_deq.activations.mixtures`, those of functions with kinks in `nt_deq.activations.kinks`, those of
+elu and its kin in `nt_deq.activations.exponential`; any other function is expanded in Hermite
+polynomials (`nt_deq.activations.hermite`).
 
 A function is known by its values: `jax.nn.relu` and `lambda z: jnp.maximum(z, 0)` are `"relu"`. But
 `jax.nn.gelu` is not `"gelu"`: by default it is an approximation by tanh, off by up to 5e-4, whose
@@ -34,8 +35,9 @@ from jax.scipy.special import erf
 
 from nt_deq._bridges import enable_x64
 from nt_deq._checks import is_traced
-from nt_deq.activations import closed_forms, hermite, kinks, mixtures
+from nt_deq.activations import closed_forms, exponential, hermite, kinks, mixtures
 from nt_deq.activations.closed_forms import Moments
+from nt_deq.activations.expansion import sample
 from nt_deq.errors import ArgumentError
 
 T = TypeVar("T")
@@ -77,8 +79,9 @@ class Activation:
                 return _from_module, (module, self.name)
         if isinstance(self.dual, Formula) and self.dual.function is hermite.dual:
             return get_activation, (self.fn,)
-        if isinstance(self.dual, Formula) and self.dual.function is kinks.dual:
-            return _kinked, (self.name, *self.dual.parameters)
+        for module, make in ((kinks, _kinked), (exponential, _exponential)):
+            if isinstance(self.dual, Formula) and self.dual.function is module.dual:
+                return make, (self.name, *self.dual.parameters)
         return Activation, tuple(getattr(self, each.name) for each in fields(self))
 
 
@@ -160,6 +163,16 @@ def _kinked(name: str, of: kinks.Kinks) -> Activation:
     )
 
 
+def _exponential(name: str, of: exponential.Exponential) -> Activation:
+    return Activation(
+        name,
+        Formula(exponential.evaluate, (of,)),
+        Formula(exponential.dual, (of,)),
+        Formula(exponential.dual_diagonal, (of,)),
+        lipschitz=max(abs(of.positive), abs(of.scale)),
+    )
+
+
 def _closed_form(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activation:
     dual, diagonal = (getattr(closed_forms, f"{name}_{kind}") for kind in ("dual", "dual_diagonal"))
     return Activation(name, fn, dual, diagonal, lipschitz)
@@ -192,10 +205,11 @@ def get_activation(activation: Phi) -> Activation:
     An elementwise JAX function that has the values of one of `nt_deq.activations`, as `jax.nn.relu`
     has, is that one; one with a kink at 0 and linear on both sides is `piecewise_linear`. One that
     is continuous and linear between up to 8 kinks, as `jax.nn.relu6`, `hard_tanh`, `hard_sigmoid`
-    and a `jnp.clip` are, has its exact expectations too (`nt_deq.activations.kinks`). Any other is
-    expanded in Hermite polynomials (`nt_deq.activations.hermite`). The same function object gives
-    the same `Activation`, and so do two that are equal, as instances of a frozen dataclass with a
-    `__call__` are.
+    and a `jnp.clip` are, has its exact expectations too (`nt_deq.activations.kinks`), and so has
+    one that is linear right of 0 and falls exponentially left of it, as `jax.nn.elu`, `celu` and
+    `selu` do (`nt_deq.activations.exponential`). Any other is expanded in Hermite polynomials
+    (`nt_deq.activations.hermite`). The same function object gives the same `Activation`, and so do
+    two that are equal, as instances of a frozen dataclass with a `__call__` are.
 
     A function that is made anew, such as a `lambda` in a loop, is another one every time: a kernel
     of it takes 2 seconds to examine and compile, and 20 to 30 MB for its programs, which JAX keeps
@@ -259,10 +273,10 @@ def _recognise(name: str, fn: Callable[[Array], Array]) -> Activation | None:
         z = jnp.sinh(jnp.linspace(-14.5, 14.5, 400))  # without 0, where there may be a kink
         near = 10.0 ** jnp.linspace(-14, 0, 57)  # or a corner that is rounded
         z = jnp.sort(jnp.concatenate([z, near, -near]))
-        x, values = np.asarray(z), kinks.sample(fn, z)
+        x, values = np.asarray(z), sample(fn, z)
         for known in ACTIVATIONS.values():
             bound = 1e-14 * np.abs(values) if known.homogeneous else 1e-12 * (1 + np.abs(x))
-            if (np.abs(values - kinks.sample(known.fn, z)) <= bound).all():
+            if (np.abs(values - sample(known.fn, z)) <= bound).all():
                 return known
         negative, positive = (float(slope) for slope in values[1, [0, -1]])
         lines = np.array([x, np.ones_like(x)]) * np.where(x > 0, positive, negative)
@@ -270,7 +284,10 @@ def _recognise(name: str, fn: Callable[[Array], Array]) -> Activation | None:
             name = f"piecewise_linear({negative:g}, {positive:g})"
             return piecewise_linear(name, negative, positive)
         found = kinks.recognise(fn)
-    return None if found is None else _kinked(name, found)
+        if found is not None:
+            return _kinked(name, found)
+        falling = exponential.recognise(fn)
+    return None if falling is None else _exponential(name, falling)
 
 
 def _from_module(module: str, name: str) -> Activation:

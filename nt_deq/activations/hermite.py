@@ -275,10 +275,10 @@ def check(name: str, fn: Function) -> float:
         raise ArgumentError(
             f"activation={name}: its Hermite series does not converge: {expansion.failure}. "
             "It or its derivative has a kink, a jump or a pole, or is too steep. What is "
-            "continuous and linear between up to 8 kinks is known, as jax.nn.relu6 and hard_tanh; "
-            "or take one of nt_deq.activations: for elu, celu and selu 'silu', 'softplus' or "
-            "'leaky_relu', for hard_swish 'silu', for soft_sign 'tanh' or 'erf'. Or give its "
-            "expectations in an nt_deq.Activation of your own."
+            "continuous and linear between up to 8 kinks is known, as jax.nn.relu6 and hard_tanh, "
+            "and so are jax.nn.elu, celu and selu; or take one of nt_deq.activations: for "
+            "hard_swish 'silu', for soft_sign 'tanh' or 'erf'. Or give its expectations in an "
+            "nt_deq.Activation of your own."
         )
     # Smaller variances may underflow: those of z³ are 15 k³.
     k = jnp.asarray(VARIANCES[(VARIANCES >= 1e-3) & (limit >= VARIANCES)], z.dtype)
