@@ -116,6 +116,11 @@ def piecewise_linear(name: str, negative: float, positive: float) -> Activation:
     return _family("piecewise_linear", name, slopes, max(map(abs, slopes)), homogeneous=True)
 
 
+def piecewise_square(name: str, negative: float, positive: float) -> Activation:
+    """`φ(z) = positive · max(z, 0)² + negative · min(z, 0)²`; no Lipschitz constant bounds it."""
+    return _family("piecewise_square", name, (negative, positive), math.inf)
+
+
 def affine_erf(name: str, a: float, b: float, c: float) -> Activation:
     """`φ(z) = a erf(b z) + c`."""
     return _family("affine_erf", name, (a, b, c), abs(a * b) * 2 / math.sqrt(math.pi))
@@ -203,8 +208,9 @@ def get_activation(activation: Phi) -> Activation:
     """Returns the `Activation` that a name, an `Activation` or a function stands for.
 
     An elementwise JAX function that has the values of one of `nt_deq.activations`, as `jax.nn.relu`
-    has, is that one; one with a kink at 0 and linear on both sides is `piecewise_linear`. One that
-    is continuous and linear between up to 8 kinks, as `jax.nn.relu6`, `hard_tanh`, `hard_sigmoid`
+    has, is that one; one with a kink at 0 and linear on both sides is `piecewise_linear`, and one
+    that is quadratic on both, as `jax.nn.relu(z)**2`, has a closed form too. One that is continuous
+    and linear between up to 8 kinks, as `jax.nn.relu6`, `hard_tanh`, `hard_sigmoid`
     and a `jnp.clip` are, has its exact expectations too (`nt_deq.activations.kinks`), and so has
     one that is linear right of 0 and falls exponentially left of it, as `jax.nn.elu`, `celu` and
     `selu` do (`nt_deq.activations.exponential`). Any other is expanded in Hermite polynomials
@@ -279,10 +285,19 @@ def _recognise(name: str, fn: Callable[[Array], Array]) -> Activation | None:
             if (np.abs(values - sample(known.fn, z)) <= bound).all():
                 return known
         negative, positive = (float(slope) for slope in values[1, [0, -1]])
-        lines = np.array([x, np.ones_like(x)]) * np.where(x > 0, positive, negative)
-        if lines.any() and np.allclose(values, lines, rtol=1e-14, atol=0):
+        sides = np.array([x, np.ones_like(x)]) * np.where(x > 0, positive, negative)
+        if sides.any() and np.allclose(values, sides, rtol=1e-14, atol=0):
             name = f"piecewise_linear({negative:g}, {positive:g})"
             return piecewise_linear(name, negative, positive)
+        negative, positive = (
+            a / (2 * end) + 0.0
+            for a, end in zip(values[1, [0, -1]].tolist(), x[[0, -1]].tolist(), strict=True)
+        )
+        sides = np.array([x * x, 2 * x]) * np.where(x > 0, positive, negative)
+        if sides.any() and np.allclose(values, sides, rtol=1e-14, atol=0):
+            return piecewise_square(
+                f"piecewise_square({negative:g}, {positive:g})", negative, positive
+            )
         found = kinks.recognise(fn)
         if found is not None:
             return _kinked(name, found)
