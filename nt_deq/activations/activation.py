@@ -8,7 +8,7 @@ For `(u, u') ~ N(0, [[k1, c], [c, k2]])` the infinite-width kernels need the *du
 Closed forms are in `nt_deq.activations.closed_forms`, and mixtures of them, as tanh, in
 `nt_deq.activations.mixtures`, those of functions with kinks in `nt_deq.activations.kinks`, those of
 elu and its kin in `nt_deq.activations.exponential`; any other function is expanded in Hermite
-polynomials (`nt_deq.activations.hermite`).
+polynomials (`nt_deq.activations.hermite`), or integrated (`nt_deq.activations.nested`).
 
 A function is known by its values: `jax.nn.relu` and `lambda z: jnp.maximum(z, 0)` are `"relu"`. But
 `jax.nn.gelu` is not `"gelu"`: by default it is an approximation by tanh, off by up to 5e-4, whose
@@ -35,7 +35,7 @@ from jax.scipy.special import erf
 
 from nt_deq._bridges import enable_x64
 from nt_deq._checks import is_traced
-from nt_deq.activations import closed_forms, exponential, hermite, kinks, mixtures
+from nt_deq.activations import closed_forms, exponential, hermite, kinks, mixtures, nested
 from nt_deq.activations.closed_forms import Moments
 from nt_deq.activations.expansion import sample
 from nt_deq.errors import ArgumentError
@@ -77,7 +77,7 @@ class Activation:
             named = getattr(importlib.import_module(module), self.name, None)
             if named is not None and inspect.unwrap(named) is inspect.unwrap(self.fn):
                 return _from_module, (module, self.name)
-        if isinstance(self.dual, Formula) and self.dual.function is hermite.dual:
+        if isinstance(self.dual, Formula) and self.dual.function in (hermite.dual, nested.dual):
             return get_activation, (self.fn,)
         for module, make in ((kinks, _kinked), (exponential, _exponential)):
             if isinstance(self.dual, Formula) and self.dual.function is module.dual:
@@ -150,6 +150,11 @@ def smooth(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activat
     """An elementwise smooth `φ` whose expectations are known by its Hermite expansion alone."""
     dual = Formula(hermite.dual, (fn, fn))
     return Activation(name, fn, dual, Formula(hermite.dual_diagonal, (fn,)), lipschitz)
+
+
+def _integrated(name: str, fn: Callable[[Array], Array], reach: nested.Reach) -> Activation:
+    dual, diagonal = (Formula(of, (fn, reach)) for of in (nested.dual, nested.dual_diagonal))
+    return Activation(name, fn, dual, diagonal, hermite.largest_slope(fn))
 
 
 def _mixture(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activation:
@@ -270,7 +275,14 @@ def _from_function(fn: Callable[[Array], Array]) -> Activation:
 
 def _examine(name: str, fn: Callable[[Array], Array]) -> Activation:
     hermite.check_elementwise(name, fn)
-    return _recognise(name, fn) or smooth(name, fn, hermite.check(name, fn))
+    known = _recognise(name, fn)
+    if known is not None:
+        return known
+    with enable_x64(True):
+        reach = nested.measure(fn)
+    if min(reach) >= nested.ENOUGH:
+        return _integrated(name, fn, reach)
+    return smooth(name, fn, hermite.check(name, fn))
 
 
 def _recognise(name: str, fn: Callable[[Array], Array]) -> Activation | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ from nt_deq.activations.closed_forms import Batch, Moments, arc_cosine
 from nt_deq.activations.correlation import Geometry, geometry, square_root
 from nt_deq.activations.elementary import arctan2, erfcx, erfcx_beyond_one, erfcx_slope
 from nt_deq.activations.expansion import sample
+from nt_deq.activations.gauss import half_rule
 from nt_deq.activations.quotient import over
 
 _PEAK = (2 * math.pi) ** -0.5  # of the density of N(0, 1)
@@ -318,26 +319,9 @@ def _end(r: Batch) -> Batch:
 
 def _integrate(integrand: Callable[[Batch], Batch], end: Batch) -> Batch:
     """The integral from 0 to `end`, by Gauss' rule."""
-    rule = jnp.asarray(_rule(14 if jnp.finfo(end.dtype).nmant < 24 else 36), end.dtype)
+    rule = jnp.asarray(half_rule(14 if jnp.finfo(end.dtype).nmant < 24 else 36), end.dtype)
 
     def add(total, node):
         return total + node[1] * integrand(end * node[0]), None
 
     return end * lax.scan(add, jnp.zeros_like(end), rule)[0]
-
-
-@lru_cache
-def _rule(count: int) -> np.ndarray:
-    """Nodes in [0, 1] and weights of Gauss' rule, `(count, 2)`.
-
-    The integrands live near 0, where numpy's are off by some ten units of the last place.
-    """
-    x = np.polynomial.legendre.leggauss(count)[0].astype(np.longdouble)
-    slope = np.ones_like(x)
-    for _ in range(3):
-        last, value = np.ones_like(x), x
-        for n in range(2, count + 1):
-            last, value = value, ((2 * n - 1) * x * value - (n - 1) * last) / n
-        slope = count * (x * value - last) / (x * x - 1)
-        x = x - value / slope
-    return np.stack([(1 + x) / 2, 1 / ((1 - x * x) * slope**2)], axis=1).astype(np.float64)
