@@ -60,6 +60,8 @@ class Activation:
       dual_diagonal: `k -> (E[φ(u)²], E[φ'(u)²])` for `u ~ N(0, k)`, elementwise.
       lipschitz: the Lipschitz constant of `φ`.
       homogeneous: whether `φ(t z) = t φ(z)` for every `t >= 0`.
+      missed: `k -> error`: how far the expectations may be off beside rounding at a variance,
+        relative to the mean squares of `φ` and of `φ'`; `None` where they are exact.
     """
 
     name: str = field(compare=False)
@@ -68,6 +70,7 @@ class Activation:
     dual_diagonal: Callable[[Array], Moments]
     lipschitz: float
     homogeneous: bool = False
+    missed: Callable[[Array], Array] | None = None
 
     def __reduce__(self):
         """Pickles what has a name by its name: functions of JAX and those within do not pickle."""
@@ -154,7 +157,8 @@ def smooth(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activat
 
 def _integrated(name: str, fn: Callable[[Array], Array], reach: nested.Reach) -> Activation:
     dual, diagonal = (Formula(of, (fn, reach)) for of in (nested.dual, nested.dual_diagonal))
-    return Activation(name, fn, dual, diagonal, hermite.largest_slope(fn))
+    missed = Formula(nested.missed, (fn,))
+    return Activation(name, fn, dual, diagonal, hermite.largest_slope(fn), missed=missed)
 
 
 def _mixture(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activation:

@@ -115,6 +115,12 @@ def dual_diagonal(fn: Function, reach: Reach, k: Batch) -> Moments:
     return mean((Square(fn), Square(Derivative(fn))), _within(reach, k))
 
 
+def missed(fn: Function, k: Batch) -> Batch:
+    """What the moments may miss beside rounding, relative to the mean squares of `φ` and `φ'`."""
+    beyond = k > series_reach(fn, np.dtype(k.dtype))
+    return jnp.where(beyond, _BOUNDS[jnp.finfo(k.dtype).bits], 0).astype(k.dtype)
+
+
 def _within(reach: Reach, k: Batch) -> Batch:
     return jnp.where(k <= reach.of(k.dtype), k, jnp.nan)
 

@@ -77,7 +77,7 @@ def test_what_is_known_of_a_function():
 
 
 def test_kernels_of_inputs_nobody_scaled():
-    """Equal rows have one kernel, it solves its equation, and so does its gradient."""
+    """Equal rows have one kernel, which solves its equation and is within its bounds."""
     x = 50 * jax.random.normal(jax.random.key(0), (3, 4))
     x = x.at[1].set(x[0])
     fn = jax.nn.soft_sign
@@ -88,6 +88,16 @@ def test_kernels_of_inputs_nobody_scaled():
         fn, fn, float(k[0]), float(k[2]), float(solution.nngp[0, 2] / jnp.sqrt(k[0] * k[2]))
     )
     np.testing.assert_allclose(solution.nngp[0, 2], s + 1.44 * v, rtol=1e-5)
+    with enable_x64(True):
+        wide = deq_kernel(np.asarray(x, float), W_std=1.2, b_std=0.1, activation=fn)
+    assert np.all(
+        np.abs(np.array(solution.nngp, float) - np.array(wide.nngp))
+        <= np.array(solution.nngp_error)
+    )
+    assert np.all(
+        np.abs(np.array(solution.ntk, float) - np.array(wide.ntk)) <= np.array(solution.ntk_error)
+    )
+    assert np.all(solution.nngp_error <= 1e-4 * k[0])  # and they are of use
     gradient = jax.grad(lambda w: jnp.sum(deq_kernel(x, W_std=w, activation=fn).ntk))(1.2)
     assert jnp.isfinite(gradient)
 
