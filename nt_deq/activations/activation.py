@@ -227,7 +227,7 @@ def get_activation(activation: Phi) -> Activation:
     two that are equal, as instances of a frozen dataclass with a `__call__` are.
 
     A function that is made anew, such as a `lambda` in a loop, is another one every time: a kernel
-    of it takes 2 seconds to examine and compile, and 20 to 30 MB for its programs, which JAX keeps
+    of it takes seconds to examine and compile, and 20 to 30 MB for its programs, which JAX keeps
     until `jax.clear_caches()`. What is kept here is bounded, to the last 64 functions. Make it once
     outside of the loop, or let what varies be a field of a frozen dataclass.
 
