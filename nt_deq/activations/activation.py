@@ -6,8 +6,9 @@ For `(u, u') ~ N(0, [[k1, c], [c, k2]])` the infinite-width kernels need the *du
     V = E[φ(u) φ(u')],     V̇ = E[φ'(u) φ'(u')] = ∂V/∂c   (Price's theorem).
 
 Closed forms are in `nt_deq.activations.closed_forms`, and mixtures of them, as tanh, in
-`nt_deq.activations.mixtures`, those of functions with kinks in `nt_deq.activations.kinks`; any
-other function is expanded in Hermite polynomials (`nt_deq.activations.hermite`).
+`nt_deq.activations.mixtures`, those of functions with kinks in `nt_deq.activations.kinks`, those of
+elu and its kin in `nt_deq.activations.exponential`; any other function is expanded in Hermite
+polynomials (`nt_deq.activations.hermite`), or integrated (`nt_deq.activations.nested`).
 
 A function is known by its values: `jax.nn.relu` and `lambda z: jnp.maximum(z, 0)` are `"relu"`. But
 `jax.nn.gelu` is not `"gelu"`: by default it is an approximation by tanh, off by up to 5e-4, whose
@@ -34,8 +35,9 @@ from jax.scipy.special import erf
 
 from nt_deq._checks import is_traced
 from nt_deq._jax import enable_x64
-from nt_deq.activations import closed_forms, hermite, kinks, mixtures
+from nt_deq.activations import closed_forms, exponential, hermite, kinks, mixtures, nested
 from nt_deq.activations.closed_forms import Moments
+from nt_deq.activations.expansion import sample
 from nt_deq.errors import ArgumentError
 
 T = TypeVar("T")
@@ -58,6 +60,8 @@ class Activation:
       dual_diagonal: `k -> (E[φ(u)²], E[φ'(u)²])` for `u ~ N(0, k)`, elementwise.
       lipschitz: the Lipschitz constant of `φ`.
       homogeneous: whether `φ(t z) = t φ(z)` for every `t >= 0`.
+      missed: `k -> error`: how far the expectations may be off beside rounding at a variance,
+        relative to the mean squares of `φ` and of `φ'`; `None` where they are exact.
     """
 
     name: str = field(compare=False)
@@ -66,6 +70,7 @@ class Activation:
     dual_diagonal: Callable[[Array], Moments]
     lipschitz: float
     homogeneous: bool = False
+    missed: Callable[[Array], Array] | None = None
 
     def __reduce__(self):
         """Pickles what has a name by its name: functions of JAX and those within do not pickle."""
@@ -75,10 +80,11 @@ class Activation:
             named = getattr(importlib.import_module(module), self.name, None)
             if named is not None and inspect.unwrap(named) is inspect.unwrap(self.fn):
                 return _from_module, (module, self.name)
-        if isinstance(self.dual, Formula) and self.dual.function is hermite.dual:
+        if isinstance(self.dual, Formula) and self.dual.function in (hermite.dual, nested.dual):
             return get_activation, (self.fn,)
-        if isinstance(self.dual, Formula) and self.dual.function is kinks.dual:
-            return _kinked, (self.name, *self.dual.parameters)
+        for module, make in ((kinks, _kinked), (exponential, _exponential)):
+            if isinstance(self.dual, Formula) and self.dual.function is module.dual:
+                return make, (self.name, *self.dual.parameters)
         return Activation, tuple(getattr(self, each.name) for each in fields(self))
 
 
@@ -113,6 +119,11 @@ def piecewise_linear(name: str, negative: float, positive: float) -> Activation:
     return _family("piecewise_linear", name, slopes, max(map(abs, slopes)), homogeneous=True)
 
 
+def piecewise_square(name: str, negative: float, positive: float) -> Activation:
+    """`φ(z) = positive · max(z, 0)² + negative · min(z, 0)²`; no Lipschitz constant bounds it."""
+    return _family("piecewise_square", name, (negative, positive), math.inf)
+
+
 def affine_erf(name: str, a: float, b: float, c: float) -> Activation:
     """`φ(z) = a erf(b z) + c`."""
     return _family("affine_erf", name, (a, b, c), abs(a * b) * 2 / math.sqrt(math.pi))
@@ -144,6 +155,12 @@ def smooth(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activat
     return Activation(name, fn, dual, Formula(hermite.dual_diagonal, (fn,)), lipschitz)
 
 
+def _integrated(name: str, fn: Callable[[Array], Array], reach: nested.Reach) -> Activation:
+    dual, diagonal = (Formula(of, (fn, reach)) for of in (nested.dual, nested.dual_diagonal))
+    missed = Formula(nested.missed, (fn,))
+    return Activation(name, fn, dual, diagonal, hermite.largest_slope(fn), missed=missed)
+
+
 def _mixture(name: str, fn: Callable[[Array], Array], lipschitz: float) -> Activation:
     components = getattr(mixtures, name.upper())
     dual = Formula(mixtures.dual, (components, fn))
@@ -157,6 +174,16 @@ def _kinked(name: str, of: kinks.Kinks) -> Activation:
         Formula(kinks.dual, (of,)),
         Formula(kinks.dual_diagonal, (of,)),
         lipschitz=max(map(abs, of.slopes)),
+    )
+
+
+def _exponential(name: str, of: exponential.Exponential) -> Activation:
+    return Activation(
+        name,
+        Formula(exponential.evaluate, (of,)),
+        Formula(exponential.dual, (of,)),
+        Formula(exponential.dual_diagonal, (of,)),
+        lipschitz=max(abs(of.positive), abs(of.scale)),
     )
 
 
@@ -190,15 +217,17 @@ def get_activation(activation: Phi) -> Activation:
     """Returns the `Activation` that a name, an `Activation` or a function stands for.
 
     An elementwise JAX function that has the values of one of `nt_deq.activations`, as `jax.nn.relu`
-    has, is that one; one with a kink at 0 and linear on both sides is `piecewise_linear`. One that
-    is continuous and linear between up to 8 kinks, as `jax.nn.relu6`, `hard_tanh`, `hard_sigmoid`
-    and a `jnp.clip` are, has its exact expectations too (`nt_deq.activations.kinks`). Any other is
-    expanded in Hermite polynomials (`nt_deq.activations.hermite`). The same function object gives
-    the same `Activation`, and so do two that are equal, as instances of a frozen dataclass with a
-    `__call__` are.
+    has, is that one; one with a kink at 0 and linear on both sides is `piecewise_linear`, and one
+    that is quadratic on both, as `jax.nn.relu(z)**2`, has a closed form too. One that is continuous
+    and linear between up to 8 kinks, as `jax.nn.relu6`, `hard_tanh`, `hard_sigmoid`
+    and a `jnp.clip` are, has its exact expectations too (`nt_deq.activations.kinks`), and so has
+    one that is linear right of 0 and falls exponentially left of it, as `jax.nn.elu`, `celu` and
+    `selu` do (`nt_deq.activations.exponential`). Any other is expanded in Hermite polynomials
+    (`nt_deq.activations.hermite`). The same function object gives the same `Activation`, and so do
+    two that are equal, as instances of a frozen dataclass with a `__call__` are.
 
     A function that is made anew, such as a `lambda` in a loop, is another one every time: a kernel
-    of it takes 2 seconds to examine and compile, and 20 to 30 MB for its programs, which JAX keeps
+    of it takes seconds to examine and compile, and 20 to 30 MB for its programs, which JAX keeps
     until `jax.clear_caches()`. What is kept here is bounded, to the last 64 functions. Make it once
     outside of the loop, or let what varies be a field of a frozen dataclass.
 
@@ -250,7 +279,15 @@ def _from_function(fn: Callable[[Array], Array]) -> Activation:
 
 def _examine(name: str, fn: Callable[[Array], Array]) -> Activation:
     hermite.check_elementwise(name, fn)
-    return _recognise(name, fn) or smooth(name, fn, hermite.check(name, fn))
+    known = _recognise(name, fn)
+    if known is not None:
+        return known
+    with enable_x64(True):
+        if nested.series_reach(fn, np.dtype(np.float64)) < nested.LITTLE:
+            reach = nested.measure(fn)
+            if min(reach) >= nested.ENOUGH:
+                return _integrated(name, fn, reach)
+    return smooth(name, fn, hermite.check(name, fn))
 
 
 def _recognise(name: str, fn: Callable[[Array], Array]) -> Activation | None:
@@ -259,18 +296,30 @@ def _recognise(name: str, fn: Callable[[Array], Array]) -> Activation | None:
         z = jnp.sinh(jnp.linspace(-14.5, 14.5, 400))  # without 0, where there may be a kink
         near = 10.0 ** jnp.linspace(-14, 0, 57)  # or a corner that is rounded
         z = jnp.sort(jnp.concatenate([z, near, -near]))
-        x, values = np.asarray(z), kinks.sample(fn, z)
+        x, values = np.asarray(z), sample(fn, z)
         for known in ACTIVATIONS.values():
             bound = 1e-14 * np.abs(values) if known.homogeneous else 1e-12 * (1 + np.abs(x))
-            if (np.abs(values - kinks.sample(known.fn, z)) <= bound).all():
+            if (np.abs(values - sample(known.fn, z)) <= bound).all():
                 return known
         negative, positive = (float(slope) for slope in values[1, [0, -1]])
-        lines = np.array([x, np.ones_like(x)]) * np.where(x > 0, positive, negative)
-        if lines.any() and np.allclose(values, lines, rtol=1e-14, atol=0):
+        sides = np.array([x, np.ones_like(x)]) * np.where(x > 0, positive, negative)
+        if sides.any() and np.allclose(values, sides, rtol=1e-14, atol=0):
             name = f"piecewise_linear({negative:g}, {positive:g})"
             return piecewise_linear(name, negative, positive)
+        negative, positive = (
+            a / (2 * end) + 0.0
+            for a, end in zip(values[1, [0, -1]].tolist(), x[[0, -1]].tolist(), strict=True)
+        )
+        sides = np.array([x * x, 2 * x]) * np.where(x > 0, positive, negative)
+        if sides.any() and np.allclose(values, sides, rtol=1e-14, atol=0):
+            return piecewise_square(
+                f"piecewise_square({negative:g}, {positive:g})", negative, positive
+            )
         found = kinks.recognise(fn)
-    return None if found is None else _kinked(name, found)
+        if found is not None:
+            return _kinked(name, found)
+        falling = exponential.recognise(fn)
+    return None if falling is None else _exponential(name, falling)
 
 
 def _from_module(module: str, name: str) -> Activation:

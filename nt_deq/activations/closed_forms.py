@@ -12,36 +12,20 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.scipy.special import erf
 
+from nt_deq.activations.correlation import clip, sine_of, square_root
 from nt_deq.activations.elementary import Batch, arc_cosine, arctan, arctan2
 from nt_deq.activations.quotient import over
 
 Moments = tuple[Batch, Batch]
 
 
-def _clip(x: Batch, lower: float | None, upper: float | None) -> Batch:
-    """Clips a value that leaves its range by rounding alone; the derivative stays that of `x`."""
-    return x + lax.stop_gradient(jnp.clip(x, lower, upper) - x)
-
-
-def _sqrt(x: Batch) -> Batch:
-    """√x with derivative 0 at 0, where the true one is infinite."""
-    zero = x <= 0  # written so that NaN stays NaN
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
-
-
 def covariance_determinant(k1: Batch, k2: Batch, c: Batch) -> Batch:
     """`k1 k2 - c²`, at least 0."""
-    return _clip(k1 * k2 - c * c, 0, None)
-
-
-def _sine(rho: Batch) -> Batch:
-    """√(1-ρ²), and 0 where a Gram matrix of this dtype does not tell ρ from ±1."""
-    square = (1 - rho) * (1 + rho)
-    return _sqrt(jnp.where(square <= 16 * jnp.finfo(rho.dtype).eps, 0, square))
+    return clip(k1 * k2 - c * c, 0, None)
 
 
 def piecewise_linear(negative: float, positive: float, z: Batch) -> Batch:
@@ -57,8 +41,8 @@ def piecewise_linear_dual(
     `V = √(k1 k2) (bend κ1(ρ) + product ρ)` and `V̇ = bend κ0(ρ) + product`.
     """
     bend, product = (positive - negative) ** 2 / 2, positive * negative
-    scale = _sqrt(k1) * _sqrt(k2)
-    rho = _clip(over(c, scale), -1, 1)
+    scale = square_root(k1) * square_root(k2)
+    rho = clip(over(c, scale), -1, 1)
     kappa0, kappa1 = arc_cosine(rho)
     return scale * (bend * kappa1 + product * rho), bend * kappa0 + product
 
@@ -67,6 +51,49 @@ def piecewise_linear_dual_diagonal(negative: float, positive: float, k: Batch) -
     """`V = k V̇`, and `V̇` is the mean of the squared slopes."""
     mean_square = (positive**2 + negative**2) / 2
     return mean_square * k, jnp.full_like(k, mean_square)
+
+
+def piecewise_square(negative: float, positive: float, z: Batch) -> Batch:
+    """`φ(z) = positive · max(z, 0)² + negative · min(z, 0)²`."""
+    return positive * jnp.maximum(z, 0) ** 2 + negative * jnp.minimum(z, 0) ** 2
+
+
+def piecewise_square_dual(
+    negative: float, positive: float, k1: Batch, k2: Batch, c: Batch
+) -> Moments:
+    """By the arc-cosine kernel of degree 2, `κ2`, and that of degree 1 for `V̇`.
+
+    `V = k1 k2 (square κ2(ρ) + product (1 + 2ρ²))/2` and `V̇ = 4√(k1 k2) (square κ1(ρ)/2 + product
+    ρ)`, with `square = (positive - negative)²`, `product = positive · negative`.
+    """
+    square, product = (positive - negative) ** 2, positive * negative
+    scale = square_root(k1) * square_root(k2)
+    rho = clip(over(c, scale), -1, 1)
+    kappa1, kappa2 = _arc_cosine_of_degree_2(rho)
+    value = square * kappa2 + 2 * product * (1 + 2 * rho * rho)
+    return scale * (scale * value) / 2, 4 * scale * (square / 2 * kappa1 + product * rho)
+
+
+@jax.custom_jvp
+def _arc_cosine_of_degree_2(rho: Batch) -> Moments:
+    """`κ1`, and `κ2` with `κ2' = 4κ1` (Cho & Saul 2009); `κ2(1) = 3`."""
+    sine = sine_of(rho)
+    kappa0, kappa1 = arc_cosine(rho)
+    return kappa1, 3 * sine / jnp.pi * rho + kappa0 * (1 + 2 * rho * rho)
+
+
+@_arc_cosine_of_degree_2.defjvp
+def _arc_cosine_of_degree_2_jvp(primals, tangents):
+    (rho,), (d_rho,) = primals, tangents
+    kappa0, _ = arc_cosine(rho)
+    kappa1, kappa2 = _arc_cosine_of_degree_2(rho)
+    return (kappa1, kappa2), (kappa0 * d_rho, 4 * kappa1 * d_rho)
+
+
+def piecewise_square_dual_diagonal(negative: float, positive: float, k: Batch) -> Moments:
+    """`V = 3k²` and `V̇ = 4k` times the mean of the squares of both factors."""
+    mean_square = (positive**2 + negative**2) / 2
+    return 3 * mean_square * k * k, 4 * mean_square * k
 
 
 def erf_dual(k1: Batch, k2: Batch, c: Batch) -> Moments:
@@ -144,7 +171,7 @@ def sin_dual(k1: Batch, k2: Batch, c: Batch) -> Moments:
     def half_exp(c):
         # Not k1 + k2 - 2c: a difference of near numbers is exact. Negative only by rounding.
         distance = (k1 - c) + (k2 - c)
-        return jnp.exp(-_clip(distance, 0, None) / 2) / 2
+        return jnp.exp(-clip(distance, 0, None) / 2) / 2
 
     up, down = half_exp(c), half_exp(-c)
     small = jnp.exp(-(k1 + k2) / 2) * jnp.sinh(jnp.clip(c, -1, 1))

@@ -8,9 +8,12 @@ of the true values; numbers below the least normal one are 0, as they are to XLA
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.scipy.special import erf
 from jaxtyping import Float
 
 Batch = Float[Array, "*#batch"]  # elementwise: shapes that broadcast
@@ -86,6 +89,43 @@ _BEND = {
         0.00013149330196400181, -9.4053496198395362e-5, 6.1272373358155531e-5,
         -3.4074269037372498e-5, 1.5058914821246523e-5, -4.8506077953335613e-6,
         9.9809651149363307e-7, -9.7590585943071682e-8,
+    ),
+}
+# (1 + 2x) erfcx(x) in t = (x - _PIVOT)/(x + _PIVOT), for x >= 0
+_PIVOT = 3.75
+_ERFCX = {
+    32: (
+        1.23751263, -0.140240659, 0.00358543802, 0.0822784339, -0.108804565, 0.0922906917,
+        -0.058688252, 0.0284094304, -0.0097646905, 0.00167573425, 0.000325388465, -0.00022405205,
+        2.36348201e-5,
+    ),
+    64: (
+        1.2375126308378276, -0.14024059858554702, 0.0035854154854644585, 0.082276738490151086,
+        -0.10880393014175024, 0.09230432116019638, -0.05869339858961116, 0.028362277421543979,
+        -0.0097465795582751514, 0.0017556258321915356, 0.00029371366698461307,
+        -0.00029015397813783839, 5.1649093885821706e-5, 2.2383908276600381e-5,
+        -1.1444134389658475e-5, -9.7284134518150776e-7, 1.7516189406943677e-6,
+        -5.8275018627686912e-8, -2.5864899107183222e-7, 2.4301839484503084e-8,
+        3.866242066283792e-8, -4.3969219167629056e-9, -5.1690806448159312e-9,
+        5.4850845200836254e-10, 4.2433038251096758e-10, -3.7980647235900286e-11,
+    ),
+}
+# (1 + 2x + 2x²)(1 - √π x erfcx(x)), likewise
+_ERFCX_SLOPE = {
+    32: (
+        1.18329944, -0.20347248, -0.0752307745, 0.214476127, -0.191149446, 0.0807410771,
+        0.0205512308, -0.0632393099, 0.0557885486, -0.0296130437, 0.00772142813, 0.00110759677,
+        -0.000980443643,
+    ),
+    64: (
+        1.1832994361043351, -0.20347192601319186, -0.075230500495969384, 0.21446046300554726,
+        -0.19115712874184603, 0.080869348084030216, 0.020612919764819914, -0.063698495517156912,
+        0.055575635755248951, -0.028785291570142477, 0.0080804500381428253,
+        0.00033220829639027126, -0.0012741368246145535, 0.00036004740128988591,
+        9.5412528997393046e-5, -7.7477219701564403e-5, -1.1110891139609527e-6,
+        1.2941950642724423e-5, -1.2484746646071107e-6, -2.1229000078150615e-6,
+        3.1700810736247404e-7, 3.5083455820133886e-7, -4.9781965503128374e-8,
+        -5.0737808335195071e-8, 4.2085225423214486e-9, 4.3855504295570568e-9,
     ),
 }
 # fmt: on
@@ -200,3 +240,35 @@ def _gap(rho: Batch) -> tuple[Batch, Batch]:
     gap = 1 - jnp.abs(rho)
     none = gap <= 8 * jnp.finfo(rho.dtype).eps  # written so that NaN stays NaN
     return gap, jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, gap)))
+
+
+@jax.custom_jvp
+def erfcx(x: Batch) -> Batch:
+    """`exp(x²) erfc(x)` for `x >= 0`."""
+    return _polynomial(_ERFCX, (x - _PIVOT) / (x + _PIVOT)) / (1 + 2 * x)
+
+
+@erfcx.defjvp
+def _erfcx_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return erfcx(x), erfcx_slope(x) * dx
+
+
+@jax.custom_jvp
+def erfcx_slope(x: Batch) -> Batch:
+    """`2x erfcx(x) - 2/√π` for `x >= 0`, without its cancellation where `x` is large."""
+    value = _polynomial(_ERFCX_SLOPE, (x - _PIVOT) / (x + _PIVOT)) / (1 + 2 * x * (1 + x))
+    return -2 / math.pi**0.5 * value
+
+
+@erfcx_slope.defjvp
+def _erfcx_slope_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return erfcx_slope(x), (2 * erfcx(x) + 2 * x * erfcx_slope(x)) * dx
+
+
+def erfcx_beyond_one(x: Batch) -> Batch:
+    """`erfcx(x) - 1` for `x >= 0`, without its cancellation near 0."""
+    near = jnp.minimum(x, 0.5)
+    series = jnp.expm1(near * near) - jnp.exp(near * near) * erf(near)
+    return jnp.where(x < 0.5, series, erfcx(x) - 1)

@@ -87,6 +87,12 @@ class Square:
         return jnp.square(self.of(z))
 
 
+def sample(fn: Callable[[Array], Array], z: Array | np.ndarray) -> np.ndarray:
+    """Values and slopes, `(2, len(z))`, in float64, which is on."""
+    at = jnp.asarray(z)
+    return np.stack(jax.jvp(fn, (at,), (jnp.ones_like(at),)))
+
+
 def tolerance(dtype) -> float:
     """What a series and its quadrature may miss, relative to the mean square."""
     return 4 * float(jnp.finfo(dtype).eps)

@@ -26,8 +26,10 @@ from jax import Array, lax
 from jax.scipy.special import erf, erfc, gammainc, gammaincc
 from jaxtyping import Bool
 
-from nt_deq.activations.closed_forms import Batch, Moments, _clip, _sine, _sqrt
+from nt_deq.activations.closed_forms import Batch, Moments
+from nt_deq.activations.correlation import geometry, square_root
 from nt_deq.activations.elementary import arctan2
+from nt_deq.activations.expansion import sample
 from nt_deq.activations.quotient import over
 
 Mask = Bool[Array, "*#batch"]
@@ -82,7 +84,7 @@ def dual(kinks: Kinks, k1: Batch, k2: Batch, c: Batch) -> Moments:
       c: their covariance, clipped to `|c| <= √(k1 k2)`.
     """
     total = kinks.slopes[-1] - kinks.slopes[0]
-    root1, root2, rho, sine = _geometry(k1, k2, c)
+    root1, root2, rho, sine = geometry(k1, k2, c)
     angle = arctan2(rho, sine) / (2 * jnp.pi)
     mean1, mean2 = (_mean(kinks, jnp.zeros_like(k), jnp.sqrt(k)) for k in (k1, k2))
     slope1, slope2 = (_mean_slope(kinks, jnp.zeros_like(k), jnp.sqrt(k)) for k in (k1, k2))
@@ -120,7 +122,7 @@ def _dual_jvp(kinks, primals, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def dual_diagonal(kinks: Kinks, k: Batch) -> Moments:
     """`(E[φ(u)²], E[φ'(u)²])` for `u ~ N(0, k)`, by the integrals between 0 and the kinks."""
-    root = _sqrt(k)
+    root = square_root(k)
     at, lines = np.array(kinks.at), list(zip(kinks.slopes, kinks.intercepts(), strict=True))
     start = kinks.start()
     value, slope = jnp.zeros_like(k), jnp.zeros_like(k)
@@ -149,7 +151,7 @@ def _dual_diagonal_jvp(kinks, primals, tangents):
     a = kinks.slopes
     heights = np.array(a[:-1]) * np.array(kinks.at) + kinks.intercepts()[:-1]
     for i, (kink, height) in enumerate(zip(kinks.at, heights.tolist(), strict=True)):
-        density = _density(jnp.full_like(k, kink), _sqrt(k))
+        density = _density(jnp.full_like(k, kink), square_root(k))
         by_value += (a[i + 1] - a[i]) * height * density
         by_slope += (a[i + 1] ** 2 - a[i] ** 2) * (kink / 2) * over(density, k)
     return (value, slope), ((slope + by_value) * dk, by_slope * dk)
@@ -178,15 +180,6 @@ def _tails(end: Batch, root: Batch) -> _Tails:
     inside = erf(x * 0.5**0.5) / 2, -_PEAK * decay, gammainc(three_halves, half) / 2
     outside = erfc(x * 0.5**0.5) / 2, _PEAK * jnp.exp(-half), gammaincc(three_halves, half) / 2
     return _Tails(inside, outside, x > 1)
-
-
-def _geometry(k1: Batch, k2: Batch, c: Batch) -> tuple[Batch, Batch, Batch, Batch]:
-    """`√k1`, `√k2`, `ρ` clipped to [-1, 1], and `√(1-ρ²)`."""
-    root1, root2 = _sqrt(k1), _sqrt(k2)
-    rho = _clip(over(c, root1 * root2), -1, 1)
-    sine = _sine(rho)
-    to_the_end = lax.stop_gradient(jnp.where(sine == 0, jnp.sign(rho) - rho, 0))
-    return root1, root2, rho + to_the_end, sine
 
 
 def _standardised(kink: Batch, root: Batch) -> Batch:
@@ -317,7 +310,7 @@ def _mean_beyond(kinks: Kinks, center: Batch, width: Batch, wide: Mask) -> Batch
 
 def _curvature(kinks: Kinks, k1: Batch, k2: Batch, c: Batch) -> Batch:
     """`∂V̇/∂c`, the sum of the densities at the kinks; 0 at ρ = ±1, where it may be infinite."""
-    root1, root2, rho, sine = _geometry(k1, k2, c)
+    root1, root2, rho, sine = geometry(k1, k2, c)
     total = jnp.zeros_like(rho)
     jumps = kinks.jumps().tolist()
     for kink1, jump1 in zip(kinks.at, jumps, strict=True):
@@ -330,7 +323,7 @@ def _curvature(kinks: Kinks, k1: Batch, k2: Batch, c: Batch) -> Batch:
 
 def _by_variance(kinks: Kinks, k1: Batch, k2: Batch, c: Batch, bend: Batch) -> Moments:
     """`∂V/∂k1` and `∂V̇/∂k1`, given `∂V̇/∂c`, by conditioning on `u` at each kink."""
-    root1, root2, rho, sine = _geometry(k1, k2, c)
+    root1, root2, rho, sine = geometry(k1, k2, c)
     width = sine * root2
     wide = _is_wide(kinks, root1 * jnp.ones_like(width))
     anchor = jnp.where(wide, _middle(kinks), kinks.origin)
@@ -370,9 +363,3 @@ def recognise(fn: Callable[[Array], Array]) -> Kinks | None:
     rounding = 1e-13 * (1 + np.abs(near)) * np.max(np.abs(values) / (1 + np.abs(z)))
     ours, theirs = sample(partial(evaluate, kinks), near)[0], sample(fn, near)[0]
     return kinks if (np.abs(ours - theirs) <= rounding).all() else None
-
-
-def sample(fn: Callable[[Array], Array], z: Array | np.ndarray) -> np.ndarray:
-    """Values and slopes, `(2, len(z))`, in float64, which is on."""
-    at = jnp.asarray(z)
-    return np.stack(jax.jvp(fn, (at,), (jnp.ones_like(at),)))

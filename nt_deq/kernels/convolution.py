@@ -114,11 +114,14 @@ def convolution(
     It leaves the spatial axes as they are, where neural-tangents' turns their order around. That
     one it is where axes are named, which it may exchange.
     """
-    args: tuple[Any, ...] = out_chan, filter_shape, strides, padding, W_std, b_std
-    rest = dimension_numbers, parameterization, s, False, True  # not transposed, shared weights
+    make: Any = _conv if dimension_numbers is None else linear._Conv
+    layer = make(
+        out_chan, filter_shape, strides, padding, W_std, b_std, dimension_numbers,
+        parameterization, s, transpose=False, shared_weights=True,
+    )  # fmt: skip
     if dimension_numbers is not None:
-        return linear._Conv(*args, *rest)
-    init_fn, apply_fn, kernel_fn, mask_fn = _conv(*args, *rest)
+        return layer
+    init_fn, apply_fn, kernel_fn, mask_fn = layer
 
     def in_order(k, **kwargs):
         return kernel_fn(k, **kwargs).replace(is_reversed=k.is_reversed)

@@ -71,7 +71,8 @@ def verdict(
     rate, k = float(marginals.rate[row]), float(marginals.root.value[row])
     if np.isnan(k):
         return ArgumentError(f"there are NaN or infinite values in {where}; drop or impute them.")
-    if np.isinf(k) and not _rate_of_large(activation, W_std, k, dtype) >= 1:
+    overflows = np.isinf([k, float(marginals.root.residual[row])]).any()
+    if overflows and not _rate_of_large(activation, W_std, k, dtype) >= 1:
         return OverflowError(
             f"the variance of {where} overflows {dtype}, whose largest number is "
             f"{float(jnp.finfo(dtype).max):.2g}; make the inputs, U_std or b_std smaller"
@@ -94,6 +95,8 @@ def verdict(
         f"take W_std < {1 / np.sqrt(float(activation.dual_diagonal(jnp.ones(()))[1])):.6g}"
         if activation.homogeneous
         else f"take a smaller W_std (any W_std < {0.5 / activation.lipschitz:.4g} has one)"
+        if math.isfinite(activation.lipschitz)
+        else "take a smaller W_std, or smaller inputs, U_std and b_std"
     )
     return NoEquilibriumError(
         f"W_std={float(W_std):.6g} with activation={activation.name!r}: W_std² E[φ'(z*)²] = "

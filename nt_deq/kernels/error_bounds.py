@@ -19,13 +19,12 @@ them (Higham & Mary 2019, "A new approach to probabilistic rounding error analys
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from nt_deq.activations import Activation
@@ -176,7 +175,7 @@ class _Inputs(NamedTuple):
 def _bound_inputs(activation, gram_error, W_var, injected, marginals) -> _Inputs:
     """The equilibria of inputs with themselves, with what is not known of them."""
     variance = marginals.variance
-    rounding = _rounding(activation, variance.dtype)
+    rounding = _rounding(activation, variance)
     off = marginals.root.residual + rounding * variance + gram_error * injected
 
     def largest(fn, relative):
@@ -199,10 +198,16 @@ def _bound_inputs(activation, gram_error, W_var, injected, marginals) -> _Inputs
     return _Inputs(number, injected, variance, error, rate, moved + rounding * rate)
 
 
-def _rounding(activation: Activation, dtype: DTypeLike) -> float:
-    """Of an equation that is evaluated once; a dual of several functions rounds once more."""
+def _rounding(activation: Activation, *variances: Array) -> Array | float:
+    """Of an equation that is evaluated once; a dual of several functions rounds once more.
+
+    With what a rule of quadrature misses at these variances.
+    """
     units = _UNITS if activation.homogeneous else _UNITS + 1
-    return units * float(jnp.finfo(dtype).eps)
+    rounding = units * float(jnp.finfo(variances[0].dtype).eps)
+    if activation.missed is None:
+        return rounding
+    return rounding + reduce(jnp.maximum, map(activation.missed, variances))
 
 
 def _divided(a: Array, gap: Array) -> Array:
@@ -242,14 +247,15 @@ class _Sensitivity(NamedTuple):
 def _tile(activation, series_rtol, gram_error, W_var, rows, columns, pairs) -> tuple[Array, Array]:
     """The bounds of pairs of different inputs."""
     covariance, dual, dual_slope, residual = pairs
-    rounding = _rounding(activation, covariance.dtype)
     s1, k1, error1, rate1, rate_error1 = (a[:, None] for a in rows[1:])
     s2, k2, error2, rate2, rate_error2 = (a[None, :] for a in columns[1:])
+    rounding = _rounding(activation, k1, k2)
     scale = jnp.sqrt(k1) * jnp.sqrt(k2)
     rho, rate = over(covariance, scale), W_var * dual_slope
     largest = jnp.sqrt((rate1 + rate_error1) * (rate2 + rate_error2))
     errors = error1, error2
     if series_rtol is not None:
+        assert isinstance(rounding, float)  # of a homogeneous activation
         rtol = max(series_rtol, rounding)
         found = _of_series(activation, gram_error, rounding, rtol, W_var, rho, dual_slope)
     else:

@@ -183,3 +183,27 @@ def test_xla_calls_no_library_for_them(dtype):
         program = jax.jit(getattr(elementary, name)).lower(*args).compile().as_text()
         assert not call.search(program), name
     assert call.search(jax.jit(jnp.arctan2).lower(x, x).compile().as_text())
+
+
+def test_scaled_complements_of_erf(dtype):
+    """`erfcx`, its slope, and its distance from 1 keep their digits at both ends."""
+    x = np.concatenate([[0.0], np.logspace(-9, 4, 60)]).astype(dtype)
+    large = [mpmath.mpf(float(a)) for a in x]
+    with mpmath.workdps(40):
+        erfcx = [mpmath.hyperu(0.5, 0.5, a * a) / mpmath.sqrt(mpmath.pi) for a in large]
+        exact = {
+            "erfcx": erfcx,
+            "erfcx_slope": [
+                2 * a * b - 2 / mpmath.sqrt(mpmath.pi) for a, b in zip(large, erfcx, strict=True)
+            ],
+            "erfcx_beyond_one": [b - 1 for b in erfcx],
+        }
+    for name, expected in exact.items():
+        assert units_off(jax.jit(getattr(elementary, name))(x), expected) < 6, name
+    second = jax.vmap(jax.grad(jax.grad(elementary.erfcx)))(x[x < 3])
+    expected = [
+        2 * b + 2 * a * s for a, b, s in zip(large, erfcx, exact["erfcx_slope"], strict=True)
+    ]
+    np.testing.assert_allclose(
+        second, np.array(expected, float)[: len(second)], rtol=64 * np.finfo(dtype).eps
+    )

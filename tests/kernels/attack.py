@@ -19,11 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from nt_deq import deq_kernel
-from nt_deq.activations import ACTIVATIONS
+from nt_deq.activations import ACTIVATIONS, get_activation
 
 ROWS = 12
 FEATURES = (1, 3, 100)
-SINGLE = ("relu", "leaky_relu", "abs", "identity", "erf", "gelu", "sin", "cos")
+FUNCTIONS = {
+    **ACTIVATIONS,
+    "hard_tanh": jax.nn.hard_tanh,
+    "elu": jax.nn.elu,
+    "selu": jax.nn.selu,
+    "squared_relu": lambda z: jax.nn.relu(z) ** 2,
+}
+SINGLE = (
+    *("relu", "leaky_relu", "abs", "identity", "erf", "gelu", "sin", "cos"),
+    *("hard_tanh", "elu", "selu", "squared_relu"),
+)
 DOUBLE = ("relu", "abs", "erf")
 
 
@@ -74,7 +84,7 @@ def draw(rng: np.random.Generator, name: str, draws: int, features: int) -> Prob
     x[:, 10] = x[:, 3] * (1 + 10 ** uniform(-7, -2, 1))
     x[:, 11] = x[:, 4] + (x[:, 5] - x[:, 4]) * 10 ** uniform(-7, -1, 1)
 
-    activation = ACTIVATIONS[name]
+    activation = get_activation(FUNCTIONS[name])
     W_std = uniform(0.05, 1.2)
     if activation.homogeneous:
         moment = float(activation.dual_diagonal(jnp.ones(()))[1])
@@ -89,7 +99,7 @@ def solve(name: str, given: bool, problem: Problem):
 
     def one(x, W_std, U_std, b_std):
         stds = {"W_std": W_std, "U_std": U_std, "b_std": b_std}
-        return deq_kernel(x, x if given else None, activation=name, **stds)
+        return deq_kernel(x, x if given else None, activation=FUNCTIONS[name], **stds)
 
     return jax.vmap(one)(*problem)
 

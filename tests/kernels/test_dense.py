@@ -544,3 +544,30 @@ def test_verdicts_of_small_inputs_above_the_critical_weights(x64, W_std):
     np.testing.assert_array_equal(np.diag(solve(x)), [exists(s) for s in x[:, 0] ** 2])
     with pytest.raises(NoEquilibriumError, match=r"must be below 1, and is not for row 0"):
         deq_kernel(x[:1], W_std=W_std, activation="sin")
+
+
+def squared_relu(z):
+    return jax.nn.relu(z) ** 2
+
+
+@pytest.mark.parametrize("W_std", [0.3, 0.40824, 1e-3])
+def test_a_square_has_the_equilibrium_that_is_near(dtype, W_std):
+    """`k = 3/2 W_std² k² + s`: of its two roots the smaller one, up to where they meet."""
+    x = jnp.asarray([[1.0], [-0.5]], dtype)
+    solution = deq_kernel(x, W_std=W_std, activation=squared_relu)
+    W_var, s = float(dtype.type(W_std)) ** 2, np.array([1.0, 0.25])
+    root = np.sqrt(1 - 6 * W_var * s)
+    k = 2 * s / (1 + root)
+    # The root moves by 1/√(1-6W²s) of an error of the equation.
+    rtol = 16 * jnp.finfo(dtype).eps / root
+    assert np.all(np.abs(jnp.diag(solution.nngp) / k - 1) < rtol)
+    assert np.all(np.abs(jnp.diag(solution.ntk) / (k / (1 - 2 * W_var * k)) - 1) < 4 * rtol)
+    assert np.all(solution.nngp_error[0, 0] >= np.abs(np.float64(solution.nngp[0, 0]) - k[0]))
+
+
+def test_a_square_without_an_equilibrium_grows_or_overflows():
+    x = jnp.ones((1, 1))
+    with pytest.raises(NoEquilibriumError, match="smaller W_std, or smaller inputs, U_std and b_s"):
+        deq_kernel(x, W_std=0.4083, activation=squared_relu)
+    with pytest.raises(OverflowError, match=r"overflows float32.* or compute in float64"):
+        deq_kernel(1e12 * x, W_std=1e-15, activation=squared_relu)

@@ -19,7 +19,10 @@ def test_they_hold(x64, name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["leaky_relu", "abs", "gelu", "cos", "identity"])
+@pytest.mark.parametrize(
+    "name",
+    ["leaky_relu", "abs", "gelu", "cos", "identity", "hard_tanh", "elu", "selu", "squared_relu"],
+)
 def test_they_hold_for_the_others(x64, name):
     assert attack.attack(name, np.float32, draws=600).violations == 0
 
