@@ -224,8 +224,9 @@ def get_activation(activation: Phi) -> Activation:
     one that is linear right of 0 and falls exponentially left of it, as `jax.nn.elu`, `celu` and
     `selu` do (`nt_deq.activations.exponential`). Any other is expanded in Hermite polynomials
     (`nt_deq.activations.hermite`), or integrated where that series does not reach far, as
-    `jax.nn.soft_sign` and `jnp.arctan` are (`nt_deq.activations.nested`). The same function object gives the same `Activation`, and so do
-    two that are equal, as instances of a frozen dataclass with a `__call__` are.
+    `jax.nn.soft_sign` and `jnp.arctan` are (`nt_deq.activations.nested`). The same function object
+    gives the same `Activation`, and so do two that are equal, as instances of a frozen dataclass
+    with a `__call__` are.
 
     A function that is made anew, such as a `lambda` in a loop, is another one every time: a kernel
     of it takes seconds to examine and compile, and 20 to 30 MB for its programs, which JAX keeps

@@ -316,7 +316,7 @@ def test_bad_arguments_are_refused(make, message):
 def test_the_module_is_stax_and_more():
     from neural_tangents import stax as original
 
-    exact = {"ABRelu", "Abs", "Cos", "Erf", "Gelu", "LeakyRelu", "Rbf", "Relu", "Sin"}
+    exact = {"ABRelu", "Abs", "Conv", "Cos", "Erf", "Gelu", "LeakyRelu", "Rbf", "Relu", "Sin"}
     for name in dir(original):
         if not name.startswith("_"):
             ours = getattr(getattr(stax, name), "__wrapped__", getattr(stax, name))
