@@ -27,7 +27,7 @@ def probe(
 def same(
     a: Float[np.ndarray, "*shape"],
     b: Float[np.ndarray, "*shape"],
-    scale: float | Float[np.ndarray, ...] | None = None,
+    scale: float | Float[np.ndarray, "*#shape"] | None = None,
 ) -> Bool[np.ndarray, "*shape"]:
     """Where two arrays are the same to rounding, which is relative to the largest, or `scale`."""
     return np.abs(a - b) <= _ROUNDING * (np.abs(b).max() if scale is None else scale)

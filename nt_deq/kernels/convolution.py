@@ -25,12 +25,12 @@ from nt_deq.typing import Number
 
 
 def full_spatial(
-    covariance: Float[Array, ...] | None,
+    covariance: Float[Array, "*shape"] | None,
     filter_shape: Sequence[int],
     strides: Sequence[int],
     padding: linear.Padding,
     batch_ndim: int,
-) -> Float[Array, ...] | None:
+) -> Float[Array, "*out"] | None:
     """That of all pairs of positions.
 
     Args:
@@ -44,12 +44,12 @@ def full_spatial(
 
 
 def diagonal_spatial(
-    covariance: Float[Array, ...] | None,
+    covariance: Float[Array, "*shape"] | None,
     filter_shape: Sequence[int],
     strides: Sequence[int],
     padding: linear.Padding,
     batch_ndim: int,
-) -> Float[Array, ...] | None:
+) -> Float[Array, "*out"] | None:
     """That of each position with itself, `(n1, [n2,] h, w, ...)`: see `full_spatial`."""
     return _convolve(covariance, filter_shape, strides, padding, batch_ndim, copies=1)
 
