@@ -12,13 +12,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import neural_tangents as nt
-from jax import random
 from jaxtyping import PyTree
 from neural_tangents import stax as _nt_stax
 from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary, reportAssignmentType]
@@ -32,8 +31,7 @@ from nt_deq.fixed_point.newton import Newton
 from nt_deq.fixed_point.picard import Picard
 from nt_deq.fixed_point.solve import equilibrium
 from nt_deq.fixed_point.solver import Solver, check_solver
-from nt_deq.kernels.cell import large_rates, solve_cell, unreversed
-from nt_deq.kernels.check_cell import check_gaussian, check_no_bypass, check_shape
+from nt_deq.kernels.cell import large_rates, solve_cell
 from nt_deq.kernels.convolution import convolution
 from nt_deq.kernels.diagnosis import (
     raise_unless_cell_solved,
@@ -43,6 +41,7 @@ from nt_deq.kernels.diagnosis import (
 from nt_deq.kernels.equations import Injection, dense_solver, solve_equilibrium
 from nt_deq.kernels.nonlinearity import apply_dual
 from nt_deq.kernels.series import Chebyshev
+from nt_deq.kernels.tied_cell import TiedCell, masked
 from nt_deq.kernels.tiled import tiled
 from nt_deq.kernels.two_time import Dynamics, grids_for, solve_two_time, solve_with_fewest
 from nt_deq.trajectory import euler, trajectory_end
@@ -54,8 +53,6 @@ __all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
     "NeuralODE",
     "Nonlinearity",
 ]
-
-_MASKED: PyTree = _nt_stax.MaskedArray  # typed as a class without fields
 
 _P = ParamSpec("_P")
 _Fn = TypeVar("_Fn", bound=Callable)
@@ -254,49 +251,27 @@ def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -
             f"solver={solver!r} is the series of stax.DEQ; pass None, nt_deq.Newton() for vectors, "
             "or nt_deq.Anderson()."
         )
-    (cell_init, cell_apply, cell_kernel), (inject_init, inject_apply, inject_kernel) = cell, inject
-    requirements = vars(_nt_stax.serial(inject, cell, cell)[2])["input_req"]
-    batch_axis = requirements.get("batch_axis", 0)
+    tied, cell_kernel = TiedCell("FixedPoint", cell, inject), cell[2]
     solve = jax.jit(partial(solve_cell, cell_kernel, solver=solver))
-
-    @cache
-    def check_bypass(shape):  # once per shape: it runs the finite cell
-        check_no_bypass("FixedPoint", cell_init, cell_apply, shape)
 
     def layer(z, args):
         params, u, mask, kwargs = args
-        z = jnp.moveaxis(z, 0, batch_axis)
-        out = cell_apply(params, z if mask is None else _MASKED(z, mask), **kwargs)
-        out = out if mask is None else out.masked_value
-        return jnp.moveaxis(out, batch_axis, 0) + u
+        out = tied.apply(params, jnp.moveaxis(z, 0, tied.batch_axis), mask, **kwargs)
+        return jnp.moveaxis(out, tied.batch_axis, 0) + u
 
     def init_fn(rng, input_shape, **kwargs):
-        rng_cell, rng_inject = random.split(rng)
-        shape, inject_params = inject_init(rng_inject, input_shape, **kwargs)
-        cell_shape, cell_params = cell_init(rng_cell, shape, **kwargs)
-        check_shape("FixedPoint", cell_shape, shape)
-        return shape, (cell_params, inject_params)
+        return tied.init(rng, input_shape, **kwargs)
 
     @_full_precision
     def apply_fn(params: PyTree, inputs: PyTree, **kwargs: PyTree) -> PyTree:
-        u = inject_apply(params[1], inputs, **kwargs)
-        kwargs.pop("mask_constant", None)  # a value of the inputs, not of z
-        masked = isinstance(u, _MASKED)
-        u, mask = (u.masked_value, u.mask) if masked else (u, None)
-        u = jnp.moveaxis(u, batch_axis, 0)  # the equilibrium is solved sample by sample
+        u, mask, kwargs = tied.injected(params, inputs, kwargs)
+        u = jnp.moveaxis(u, tied.batch_axis, 0)  # the equilibrium is solved sample by sample
         z = equilibrium(layer, jnp.zeros_like(u), (params[0], u, mask, kwargs))
-        z = jnp.moveaxis(z, 0, batch_axis)
-        return _MASKED(z, mask) if masked else z
+        return masked(jnp.moveaxis(z, 0, tied.batch_axis), mask)
 
-    @_requires(**requirements)
+    @_requires(**tied.requirements)
     def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
-        _checks.batches(k)
-        if kwargs.get("pattern") is not None:
-            raise NotImplementedError("FixedPoint does not take the `pattern` of stax.Aggregate.")
-        u = unreversed(inject_kernel(k, **kwargs))
-        assert u.shape1 is not None
-        check_gaussian("FixedPoint", cell_kernel, u)
-        check_bypass((*u.shape1[:batch_axis], 2, *u.shape1[batch_axis + 1 :]))
+        u = tied.injected_kernel(k, **kwargs)
         found = solve(u)
         raise_unless_cell_solved(found, lambda: large_rates(cell_kernel, u))
         return found.kernel
@@ -361,9 +336,7 @@ def NeuralODE(
             f"solver={solver!r} is for equations of one number each, and the times of a pair are "
             "coupled; pass None, nt_deq.Picard() or nt_deq.Anderson()."
         )
-    (cell_init, cell_apply, cell_kernel), (inject_init, inject_apply, inject_kernel) = cell, inject
-    requirements = vars(_nt_stax.serial(inject, cell, cell)[2])["input_req"]
-    batch_axis = requirements.get("batch_axis", 0)
+    tied, cell_kernel = TiedCell("NeuralODE", cell, inject), cell[2]
     method = Picard() if solver is None else solver
 
     @partial(jax.jit, static_argnums=3)
@@ -371,46 +344,28 @@ def NeuralODE(
         dynamics = Dynamics(T, leak, inject_always, steps, method)
         return solve_two_time(cell_kernel, u, dynamics, grids)
 
-    @cache
-    def check_bypass(shape):  # once per shape: it runs the finite cell
-        check_no_bypass("NeuralODE", cell_init, cell_apply, shape)
-
     def init_fn(rng, input_shape, **kwargs):
-        rng_cell, rng_inject = random.split(rng)
-        shape, inject_params = inject_init(rng_inject, input_shape, **kwargs)
-        cell_shape, cell_params = cell_init(rng_cell, shape, **kwargs)
-        check_shape("NeuralODE", cell_shape, shape)
-        return shape, (cell_params, inject_params)
+        return tied.init(rng, input_shape, **kwargs)
 
     @_full_precision
     def apply_fn(params: PyTree, inputs: PyTree, **kwargs: PyTree) -> PyTree:
-        u = inject_apply(params[1], inputs, **kwargs)
-        kwargs.pop("mask_constant", None)  # a value of the inputs, not of z
-        masked = isinstance(u, _MASKED)
-        u, mask = (u.masked_value, u.mask) if masked else (u, None)
+        u, mask, kwargs = tied.injected(params, inputs, kwargs)
 
         def velocity(z):
-            out = cell_apply(params[0], z if mask is None else _MASKED(z, mask), **kwargs)
-            out = (out if mask is None else out.masked_value) - jnp.asarray(leak, u.dtype) * z
+            out = tied.apply(params[0], z, mask, **kwargs) - jnp.asarray(leak, u.dtype) * z
             return out + u if inject_always else out
 
         start = jnp.zeros_like(u) if inject_always else u
         end = jnp.asarray(T, u.dtype)
         if steps is None:
-            z = trajectory_end(velocity, start, end, batch_axis)
+            z = trajectory_end(velocity, start, end, tied.batch_axis)
         else:
             z = euler(velocity, start, end, steps)
-        return _MASKED(z, mask) if masked else z
+        return masked(z, mask)
 
-    @_requires(**requirements)
+    @_requires(**tied.requirements)
     def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
-        _checks.batches(k)
-        if kwargs.get("pattern") is not None:
-            raise NotImplementedError("NeuralODE does not take the `pattern` of stax.Aggregate.")
-        u = unreversed(inject_kernel(k, **kwargs))
-        assert u.shape1 is not None
-        check_gaussian("NeuralODE", cell_kernel, u)
-        check_bypass((*u.shape1[:batch_axis], 2, *u.shape1[batch_axis + 1 :]))
+        u = tied.injected_kernel(k, **kwargs)
         dtype = u.nngp.dtype
         none = not _checks.is_traced(leak) and leak == 0
         arguments = u, jnp.asarray(T, dtype), None if none else jnp.asarray(leak, dtype)

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nt_deq.activations.closed_forms import Batch, Moments, arc_cosine
+from nt_deq.activations.closed_forms import Batch, Moments
 from nt_deq.activations.correlation import Geometry, geometry, square_root
-from nt_deq.activations.elementary import arctan2, erfcx, erfcx_beyond_one, erfcx_slope
+from nt_deq.activations.elementary import arc_cosine, arctan2, erfcx, erfcx_beyond_one, erfcx_slope
 from nt_deq.activations.expansion import sample
 from nt_deq.activations.gauss import half_rule
 from nt_deq.activations.quotient import over

@@ -21,6 +21,7 @@ Derivatives are of the same kind, `∂E[fg]/∂k1 = E[f''g]/2` and `∂E[fg]/∂
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -136,6 +137,24 @@ def _dual_jvp(f, g, primals, tangents):
         slope * dc + (by_k1[0] * dk1 + by_k2[0] * dk2) / 2,
         curvature * dc + (by_k1[1] * dk1 + by_k2[1] * dk2) / 2,
     )
+
+
+def dual_up_to(
+    limit: float,
+    fn: Function,
+    beyond: Callable[[Array, Array, Array], Moments],
+    k1: Batch,
+    k2: Batch,
+    c: Batch,
+) -> Moments:
+    """`dual(fn, fn, k1, k2, c)` where no variance exceeds `limit`, else `beyond(k1, k2, c)`."""
+
+    def by_series(k1, k2, c):
+        # Clipped, so that neither value nor derivative is NaN where vmap computes both branches.
+        return dual(fn, fn, jnp.minimum(k1, limit), jnp.minimum(k2, limit), c)
+
+    exceeded = jnp.any(k1 > limit) | jnp.any(k2 > limit)
+    return lax.cond(exceeded, beyond, by_series, k1, k2, c)
 
 
 class _Terms(NamedTuple):

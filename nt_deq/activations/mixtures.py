@@ -65,17 +65,11 @@ def dual(components: Components, fn: Function, k1: Batch, k2: Batch, c: Batch) -
       k2: variance of `u'`.
       c: their covariance, clipped to `|c| <= √(k1 k2)`.
     """
-    reach = components.reach
-
-    def by_hermite(k1, k2, c):
-        # Clipped, so that neither value nor derivative is NaN where vmap computes both branches.
-        return hermite.dual(fn, fn, jnp.minimum(k1, reach), jnp.minimum(k2, reach), c)
 
     def by_mixture(k1, k2, c):
         return _mix(components, k1, k2, c, closed_forms.covariance_determinant(k1, k2, c))
 
-    beyond = jnp.any(k1 > reach) | jnp.any(k2 > reach)
-    return lax.cond(beyond, by_mixture, by_hermite, k1, k2, c)
+    return hermite.dual_up_to(components.reach, fn, by_mixture, k1, k2, c)
 
 
 def dual_diagonal(components: Components, k: Batch) -> Moments:

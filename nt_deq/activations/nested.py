@@ -96,10 +96,6 @@ def dual(fn: Function, reach: Reach, k1: Batch, k2: Batch, c: Batch) -> Moments:
     """
     limit = series_reach(fn, np.dtype(c.dtype))
 
-    def by_series(k1, k2, c):
-        # Clipped, so that neither value nor derivative is NaN where vmap computes both branches.
-        return hermite.dual(fn, fn, jnp.minimum(k1, limit), jnp.minimum(k2, limit), c)
-
     def by_rule(k1, k2, c):
         k1, k2 = (_within(reach, k) for k in (k1, k2))
         slope = Derivative(fn)
@@ -107,8 +103,7 @@ def dual(fn: Function, reach: Reach, k1: Batch, k2: Batch, c: Batch) -> Moments:
 
     if not limit:
         return by_rule(k1, k2, c)
-    beyond = jnp.any(k1 > limit) | jnp.any(k2 > limit)
-    return lax.cond(beyond, by_rule, by_series, k1, k2, c)
+    return hermite.dual_up_to(limit, fn, by_rule, k1, k2, c)
 
 
 def dual_diagonal(fn: Function, reach: Reach, k: Batch) -> Moments:
@@ -140,6 +135,8 @@ def measure(fn: Function) -> Reach:
     For normal variables of many means and standard deviations, as those of `u'` given `u` are; what
     is missed is relative to the root mean square of all `u'`.
     """
+    if not _is_integral(fn):
+        return Reach(0.0, 0.0)
     roots = np.sqrt(10.0 ** np.arange(-6, 13.0))
     width, mean = (a.ravel() for a in np.meshgrid(roots, [0.0, 0.3, -2.5, 6.0]))
     at = jnp.asarray(mean * width), jnp.asarray(width)
@@ -159,7 +156,7 @@ def measure(fn: Function) -> Reach:
         good = np.all(error <= bound * size[:, None], axis=(0, 1))
         last = len(roots) if good.all() else good.argmin()
         reach.append(float(roots[last - 1] ** 2) if last else 0.0)
-    return Reach(*reach) if _is_integral(fn) else Reach(0.0, 0.0)
+    return Reach(*reach)
 
 
 def _is_integral(fn: Function) -> bool:

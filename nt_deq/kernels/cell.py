@@ -100,7 +100,7 @@ def solve_cell(kernel_map: KernelMap, inject: nt.Kernel, solver: Solver | None) 
     cov1, rates1 = _solve_marginals(cell, inject, solver)
     cov2, rates2 = None, rates1
     if inject.cov2 is not None:
-        cov2, rates2 = _solve_marginals(cell, swapped(inject), solver)
+        cov2, rates2 = _solve_marginals(cell, _swapped(inject), solver)
 
     k = inject.replace(cov1=cov1, cov2=cov2, ntk=None)
     exists = rates1.stable[:, None] & rates2.stable[None, :]
@@ -134,7 +134,7 @@ def _first_inputs(k: nt.Kernel) -> nt.Kernel:
     return k.slice(slice(None), slice(0, 1)).replace(ntk=None, x1_is_x2=jnp.array(False))
 
 
-def swapped(k: nt.Kernel) -> nt.Kernel:
+def _swapped(k: nt.Kernel) -> nt.Kernel:
     """The kernel of the second inputs with the first."""
     return k.replace(
         cov1=k.cov2, mask1=k.mask2, shape1=k.shape2,
@@ -248,7 +248,7 @@ def large_rates(
         return _rates(in_order(kernel_map), slim, factor * slim.cov1)[0]
 
     first = rates(inject)
-    return first, first if inject.cov2 is None else rates(swapped(inject))
+    return first, first if inject.cov2 is None else rates(_swapped(inject))
 
 
 def _scale(k: nt.Kernel) -> Array:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,37 +25,25 @@ from nt_deq.kernels.fusion import computed_once
 from nt_deq.typing import Number
 
 
-def full_spatial(
+def _convolve(
     covariance: Float[Array, "*shape"] | None,
     filter_shape: Sequence[int],
     strides: Sequence[int],
     padding: linear.Padding,
     batch_ndim: int,
+    copies: int,
 ) -> Float[Array, "*out"] | None:
-    """That of all pairs of positions.
+    """The covariance of a convolution's output.
 
     Args:
-      covariance: `(n1, [n2,] h, h, w, w, ...)`; a scalar or `None` stays.
+      covariance: `(n1, [n2,] h, h, w, w, ...)`, or with one copy `(n1, [n2,] h, w, ...)`; a scalar
+        or `None` stays.
       filter_shape: `(h, w, ...)`.
       strides: likewise.
       padding: SAME, VALID or CIRCULAR.
       batch_ndim: how many axes come before those of positions.
+      copies: 2 of all pairs of positions, 1 of each with itself.
     """
-    return _convolve(covariance, filter_shape, strides, padding, batch_ndim, copies=2)
-
-
-def diagonal_spatial(
-    covariance: Float[Array, "*shape"] | None,
-    filter_shape: Sequence[int],
-    strides: Sequence[int],
-    padding: linear.Padding,
-    batch_ndim: int,
-) -> Float[Array, "*out"] | None:
-    """That of each position with itself, `(n1, [n2,] h, w, ...)`: see `full_spatial`."""
-    return _convolve(covariance, filter_shape, strides, padding, batch_ndim, copies=1)
-
-
-def _convolve(covariance, filter_shape, strides, padding, batch_ndim, copies):
     if covariance is None or covariance.ndim == 0:
         return covariance
     for i, (size, stride) in enumerate(zip(filter_shape, strides, strict=True)):
@@ -63,6 +52,9 @@ def _convolve(covariance, filter_shape, strides, padding, batch_ndim, copies):
         total = _sum_of_shifts(computed_once(covariance), axes, size, stride, padding)
         covariance = total / size
     return covariance
+
+
+full_spatial, diagonal_spatial = partial(_convolve, copies=2), partial(_convolve, copies=1)
 
 
 def _sum_of_shifts(

@@ -116,6 +116,13 @@ def _rate_of_large(activation, W_std, k, dtype) -> float:
     return float(W_std) ** 2 * float(activation.dual_diagonal(large)[1])
 
 
+def _raise_for_missing(layer, missing, rows) -> None:
+    if missing.any():
+        raise ArgumentError(
+            f"{layer}: there are NaN or infinite values in {rows(missing)}; drop or impute them."
+        )
+
+
 def raise_unless_cell_solved(
     solution: CellSolution,
     large_rates: Callable[[], tuple[Float[Array, " n1"], Float[Array, " n2"]]],
@@ -131,11 +138,7 @@ def raise_unless_cell_solved(
         def rows(which, side=side):
             return _checks.rows(side, np.flatnonzero(which))
 
-        if np.isnan(injected).any():
-            raise ArgumentError(
-                f"FixedPoint: there are NaN or infinite values in {rows(np.isnan(injected))}; drop "
-                "or impute them."
-            )
+        _raise_for_missing("FixedPoint", np.isnan(injected), rows)
         if np.isinf(injected).any():
             raise OverflowError(
                 f"FixedPoint: the variance of inject of {rows(np.isinf(injected))} overflows "
@@ -200,11 +203,7 @@ def raise_unless_two_time_solved(solution: TwoTimeSolution, T: Number) -> None:
         def rows(which, side=side):
             return _checks.rows(side, np.flatnonzero(which))
 
-        if np.isnan(injected).any():
-            raise ArgumentError(
-                f"NeuralODE: there are NaN or infinite values in {rows(np.isnan(injected))}; drop "
-                "or impute them."
-            )
+        _raise_for_missing("NeuralODE", np.isnan(injected), rows)
         overflowed = np.isinf(injected) | ~np.isfinite(own.residual)
         if overflowed.any():
             raise OverflowError(

@@ -16,6 +16,7 @@ from nt_deq import (
     deq_kernel,
     stax,
 )
+from nt_deq.kernels import tied_cell
 
 CONV = dict(filter_shape=(3,), padding="CIRCULAR")
 
@@ -104,7 +105,7 @@ def test_the_finite_cell_is_run_once_per_shape(monkeypatch):
     """Whether z bypasses the weights does not depend on the batch, nor is it asked again."""
     shapes = []
     monkeypatch.setattr(
-        stax, "check_no_bypass", lambda layer, init, apply, shape: shapes.append(shape)
+        tied_cell, "check_no_bypass", lambda layer, init, apply, shape: shapes.append(shape)
     )
     cell = stax.serial(stax.Erf(), stax.Dense(4, 0.5))
     layer = stax.FixedPoint(cell, stax.Dense(4))[2]
