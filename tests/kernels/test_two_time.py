@@ -15,6 +15,7 @@ from nt_deq import Anderson, Newton, NotConvergedError, deq_kernel, stax
 from nt_deq.kernels import tiles
 from nt_deq.kernels.cell import unreversed
 from nt_deq.kernels.time_grids import Square, Triangles
+from nt_deq.stax import infinite
 
 X = np.array([[1.0, 2, -1], [0.5, -1, 2], [2, 0, 1]])
 
@@ -106,7 +107,7 @@ def test_near_inputs_are_as_exact_as_others(x64, monkeypatch):
     x, aside = X[0], np.array([0, 0, 1.0])
     x2 = np.stack([x, x + 1e-6 * aside, x + 1e-3 * aside, 2 * x, X[1]])
     kernel = ode("relu")[2](X[:1], x2)
-    monkeypatch.setattr(stax, "grids_for", lambda *_: (Triangles(18, 44, 48),))
+    monkeypatch.setattr(infinite, "grids_for", lambda *_: (Triangles(18, 44, 48),))
     finer = ode("relu")[2](X[:1], x2)
     np.testing.assert_allclose(kernel.nngp, finer.nngp, rtol=1e-10)
     np.testing.assert_allclose(kernel.ntk, finer.ntk, rtol=1e-9)
@@ -124,7 +125,7 @@ def test_single_precision():
 
 @pytest.mark.smoke
 def test_derivatives(x64, monkeypatch):
-    monkeypatch.setattr(stax, "grids_for", lambda *_: (Square(13, 1, 48),))
+    monkeypatch.setattr(infinite, "grids_for", lambda *_: (Square(13, 1, 48),))
 
     def fn(p):
         W_std, T, leak, scale = p
@@ -143,7 +144,7 @@ def test_it_composes(x64, monkeypatch):
     layer = stax.serial(ode("relu"), stax.Relu(), stax.Dense(1))[2]
     whole = layer(X, None, ("nngp", "ntk"))
     others = [jax.jit(layer)(X)]
-    monkeypatch.setattr(stax, "grids_for", lambda *_: (Triangles(18, 28, 48),))
+    monkeypatch.setattr(infinite, "grids_for", lambda *_: (Triangles(18, 28, 48),))
     others += [layer(X, X), nt.batch(layer, batch_size=1)(X, X)]
     for other in others:
         np.testing.assert_allclose(other.nngp, whole.nngp, rtol=1e-9)
@@ -171,7 +172,7 @@ def test_tiles_of_pairs_do_not_show(x64, monkeypatch):
 
 
 def test_an_input_that_overflows_leaves_the_others_alone(x64, monkeypatch):
-    monkeypatch.setattr(stax, "grids_for", lambda *_: (Triangles(18, 28, 48),))
+    monkeypatch.setattr(infinite, "grids_for", lambda *_: (Triangles(18, 28, 48),))
     x = np.concatenate([X, [[1.3e154, 0, 0]]])
     layer = ode("relu", 1.0, T=2.0)[2]
     with pytest.raises(OverflowError, match=r"row 3 of x1 overflows float64 until T=2"):
@@ -189,7 +190,7 @@ def test_an_input_that_overflows_leaves_the_others_alone(x64, monkeypatch):
 
 
 def test_too_few_nodes_are_an_error(x64, monkeypatch):
-    monkeypatch.setattr(stax, "grids_for", lambda *_: (Square(5, 1, 48),))
+    monkeypatch.setattr(infinite, "grids_for", lambda *_: (Square(5, 1, 48),))
     layer = ode("erf", 1.5, T=2.0)[2]
     with pytest.raises(NotConvergedError, match=r"nodes in time are too few .* until T=2"):
         layer(X)

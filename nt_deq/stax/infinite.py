@@ -1,30 +1,19 @@
-"""`neural_tangents.stax` with networks of infinite depth.
-
-Everything that `neural_tangents.stax` exports is here too, so that one import changes:
-`from nt_deq import stax`. `Relu`, `LeakyRelu`, `Abs`, `ABRelu`, `Erf`, `Gelu`, `Sin`, `Cos` and
-`Rbf` compute the same functions with kernels that are exact, and differentiable, where an input
-meets itself, and `Conv` one that is faster; a network's kernel is computed tile by tile of pairs
-(`nt_deq.tiled`), with matrix products in full precision on every platform.
-"""
+"""Layers of infinite depth: equilibria and neural ODEs."""
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Sequence
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
 import neural_tangents as nt
 from jaxtyping import PyTree
 from neural_tangents import stax as _nt_stax
-from neural_tangents.stax import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary, reportAssignmentType]
 
 from nt_deq import _checks
-from nt_deq.activations import Phi, get_activation, piecewise_linear
-from nt_deq.activations.activation import affine_erf, sinusoid
+from nt_deq.activations import Phi, get_activation
 from nt_deq.errors import ArgumentError
 from nt_deq.fixed_point.implicit import keep
 from nt_deq.fixed_point.newton import Newton
@@ -32,190 +21,22 @@ from nt_deq.fixed_point.picard import Picard
 from nt_deq.fixed_point.solve import equilibrium
 from nt_deq.fixed_point.solver import Solver, check_solver
 from nt_deq.kernels.cell import large_rates, solve_cell
-from nt_deq.kernels.convolution import convolution
 from nt_deq.kernels.diagnosis import (
     raise_unless_cell_solved,
     raise_unless_solved,
     raise_unless_two_time_solved,
 )
 from nt_deq.kernels.equations import Injection, dense_solver, solve_equilibrium
-from nt_deq.kernels.nonlinearity import apply_dual
 from nt_deq.kernels.series import Chebyshev
 from nt_deq.kernels.tied_cell import TiedCell, masked
-from nt_deq.kernels.tiled import tiled
 from nt_deq.kernels.two_time import Dynamics, grids_for, solve_two_time, solve_with_fewest
+from nt_deq.stax._layer import full_precision, layer, requires
+from nt_deq.stax.explicit import Nonlinearity
 from nt_deq.trajectory import euler, trajectory_end
-from nt_deq.typing import AnyLayer, Layer, LayerKernelFn, Number
-
-__all__ = [name for name in dir(_nt_stax) if not name.startswith("_")] + [
-    "DEQ",
-    "FixedPoint",
-    "NeuralODE",
-    "Nonlinearity",
-]
-
-_P = ParamSpec("_P")
-_Fn = TypeVar("_Fn", bound=Callable)
+from nt_deq.typing import AnyLayer, Layer, Number
 
 
-def _full_precision(fn: _Fn) -> _Fn:
-    """Makes the products in a function exact: a TPU's default keeps 8 bits."""
-
-    @wraps(fn)
-    def wrapped(*args, **kwargs):
-        with jax.default_matmul_precision("highest"):
-            return fn(*args, **kwargs)
-
-    return cast(_Fn, wrapped)
-
-
-def _with_exact_kernel(make: Callable[_P, AnyLayer]) -> Callable[_P, Layer]:
-    """A layer whose `kernel_fn` goes by tiles, in full precision, that of `x·xᵀ` included."""
-
-    @wraps(make)
-    def wrapped(*args, **kwargs):
-        init_fn, apply_fn, kernel_fn = make(*args, **kwargs)
-        return init_fn, apply_fn, tiled(_full_precision(kernel_fn))
-
-    return wrapped
-
-
-def _layer(make: Callable[_P, AnyLayer]) -> Callable[_P, Layer]:
-    """Lets the `kernel_fn` of a new layer take inputs too, in full precision."""
-    return _with_exact_kernel(_nt_stax.layer(make))
-
-
-def _requires(**requirements) -> Callable[[Callable[..., nt.Kernel]], LayerKernelFn]:
-    """Says what a new layer's `kernel_fn` needs of its kernel; `_layer` does the rest."""
-    return cast(Callable, _nt_stax.requires(**requirements))
-
-
-for _name, _make in vars(_nt_stax).items():
-    _combines = _name in ("serial", "parallel", "repeat")
-    if inspect.isfunction(_make) and (_name[0].isupper() or _combines):
-        globals()[_name] = _with_exact_kernel(_make)
-
-if TYPE_CHECKING:
-
-    def serial(*layers: AnyLayer) -> Layer:
-        """`neural_tangents.stax.serial`, whose kernel is typed there as any tree of kernels."""
-        ...
-
-
-@_layer
-@_nt_stax.supports_masking(remask_kernel=True)
-def Nonlinearity(activation: Phi) -> Layer:
-    """An elementwise nonlinearity `φ` with its exact kernel.
-
-    Args:
-      activation: `φ`: a name from `nt_deq.activations`, a smooth elementwise function such as
-        `jnp.tanh`, or an `nt_deq.Activation`.
-
-    Returns:
-      `(init_fn, apply_fn, kernel_fn)`.
-    """
-    phi = get_activation(activation)
-
-    def init_fn(rng, input_shape, **kwargs):
-        del rng, kwargs
-        return input_shape, ()
-
-    def apply_fn(params: PyTree, inputs: PyTree, **kwargs: PyTree) -> PyTree:
-        del params, kwargs
-        return phi.fn(inputs)
-
-    @_requires(diagonal_spatial=_nt_stax.Diagonal())
-    def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
-        del kwargs
-        return apply_dual(phi, k)
-
-    return init_fn, apply_fn, kernel_fn
-
-
-def ABRelu(a: float, b: float, do_stabilize: bool = False) -> Layer:
-    """`a · min(z, 0) + b · max(z, 0)`, as `neural_tangents.stax.ABRelu`.
-
-    That one's NTK has an error of `√ε` where an input meets itself, and its derivatives there are
-    wrong or NaN; these are not. `do_stabilize` is for very deep explicit networks, and left to it.
-    """
-    if do_stabilize:
-        return cast(Layer, _nt_stax.ABRelu(a, b, do_stabilize))
-    return Nonlinearity(piecewise_linear(f"ABRelu({a}, {b})", a, b))
-
-
-def Relu(do_stabilize: bool = False) -> Layer:
-    """`max(z, 0)`: see `ABRelu`."""
-    return ABRelu(0.0, 1.0, do_stabilize)
-
-
-def LeakyRelu(alpha: float, do_stabilize: bool = False) -> Layer:
-    """`alpha · min(z, 0) + max(z, 0)`: see `ABRelu`."""
-    return ABRelu(alpha, 1.0, do_stabilize)
-
-
-def Abs(do_stabilize: bool = False) -> Layer:
-    """`|z|`: see `ABRelu`."""
-    return ABRelu(-1.0, 1.0, do_stabilize)
-
-
-def Erf(a: Number = 1.0, b: Number = 1.0, c: Number = 0.0) -> Layer:
-    """`a erf(b z) + c`, as `neural_tangents.stax.Erf`.
-
-    Its arctangents vectorise on a CPU, and derivatives are right where an input meets itself. So it
-    is of the layers below. One whose parameters are traced is neural-tangents' own.
-    """
-    if _checks.is_traced(a, b, c):
-        return _with_exact_kernel(_nt_stax.Erf)(a, b, c)
-    return Nonlinearity(affine_erf(f"Erf({a}, {b}, {c})", float(a), float(b), float(c)))
-
-
-def Gelu(approximate: bool = False) -> Layer:
-    """`z Φ(z)`, as `neural_tangents.stax.Gelu`: see `Erf`.
-
-    `approximate` is of finite networks, whose kernel is taken to be the same; it is left to
-    neural-tangents.
-    """
-    return _with_exact_kernel(_nt_stax.Gelu)(True) if approximate else Nonlinearity("gelu")
-
-
-def Sin(a: Number = 1.0, b: Number = 1.0, c: Number = 0.0) -> Layer:
-    """`a sin(b z + c)`, as `neural_tangents.stax.Sin`: see `Erf`."""
-    if _checks.is_traced(a, b, c):
-        return _with_exact_kernel(_nt_stax.Sin)(a, b, c)
-    return Nonlinearity(sinusoid(f"Sin({a}, {b}, {c})", float(a), float(b), float(c)))
-
-
-def Cos(a: Number = 1.0, b: Number = 1.0, c: Number = 0.0) -> Layer:
-    """`a cos(b z + c)`, as `neural_tangents.stax.Cos`: see `Erf`."""
-    return Sin(a, b, c + math.pi / 2)
-
-
-def Rbf(gamma: Number = 1.0) -> Layer:
-    """`√2 sin(√(2γ) z + π/4)`, whose kernel is `exp(-γ (k + k' - 2c))`: see `Erf`."""
-    if _checks.is_traced(gamma):
-        return _with_exact_kernel(_nt_stax.Rbf)(gamma)
-    return Sin(math.sqrt(2), math.sqrt(2 * float(gamma)), math.pi / 4)
-
-
-@_layer
-@_nt_stax.supports_masking(remask_kernel=True)
-def Conv(
-    out_chan: int,
-    filter_shape: Sequence[int],
-    strides: Sequence[int] | None = None,
-    padding: str = "VALID",
-    W_std: Number = 1.0,
-    b_std: Number | None = None,
-    dimension_numbers: tuple[str, str, str] | None = None,
-    parameterization: str = "ntk",
-    s: tuple[int, int] = (1, 1),
-) -> Any:  # with a mask_fn, for the decorator
-    """A convolution, as `neural_tangents.stax.Conv`, whose kernel is a sum of shifts."""
-    size, scale = (out_chan, filter_shape, strides, padding), (W_std, b_std)
-    return convolution(*size, *scale, dimension_numbers, parameterization, s)
-
-
-@_layer
+@layer
 def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -> Layer:
     """A layer of infinite depth, `z* = cell(z*) + inject(x)`, from any stax layers.
 
@@ -254,7 +75,7 @@ def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -
     tied, cell_kernel = TiedCell("FixedPoint", cell, inject), cell[2]
     solve = jax.jit(partial(solve_cell, cell_kernel, solver=solver))
 
-    def layer(z, args):
+    def equation(z, args):
         params, u, mask, kwargs = args
         out = tied.apply(params, jnp.moveaxis(z, 0, tied.batch_axis), mask, **kwargs)
         return jnp.moveaxis(out, tied.batch_axis, 0) + u
@@ -262,14 +83,14 @@ def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -
     def init_fn(rng, input_shape, **kwargs):
         return tied.init(rng, input_shape, **kwargs)
 
-    @_full_precision
+    @full_precision
     def apply_fn(params: PyTree, inputs: PyTree, **kwargs: PyTree) -> PyTree:
         u, mask, kwargs = tied.injected(params, inputs, kwargs)
         u = jnp.moveaxis(u, tied.batch_axis, 0)  # the equilibrium is solved sample by sample
-        z = equilibrium(layer, jnp.zeros_like(u), (params[0], u, mask, kwargs))
+        z = equilibrium(equation, jnp.zeros_like(u), (params[0], u, mask, kwargs))
         return masked(jnp.moveaxis(z, 0, tied.batch_axis), mask)
 
-    @_requires(**tied.requirements)
+    @requires(**tied.requirements)
     def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
         u = tied.injected_kernel(k, **kwargs)
         found = solve(u)
@@ -279,7 +100,7 @@ def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -
     return init_fn, apply_fn, kernel_fn
 
 
-@_layer
+@layer
 def NeuralODE(
     cell: AnyLayer,
     inject: AnyLayer,
@@ -347,7 +168,7 @@ def NeuralODE(
     def init_fn(rng, input_shape, **kwargs):
         return tied.init(rng, input_shape, **kwargs)
 
-    @_full_precision
+    @full_precision
     def apply_fn(params: PyTree, inputs: PyTree, **kwargs: PyTree) -> PyTree:
         u, mask, kwargs = tied.injected(params, inputs, kwargs)
 
@@ -363,7 +184,7 @@ def NeuralODE(
             z = euler(velocity, start, end, steps)
         return masked(z, mask)
 
-    @_requires(**tied.requirements)
+    @requires(**tied.requirements)
     def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
         u = tied.injected_kernel(k, **kwargs)
         dtype = u.nngp.dtype
@@ -380,7 +201,7 @@ def NeuralODE(
     return init_fn, apply_fn, kernel_fn
 
 
-@_layer
+@layer
 def DEQ(
     width: int,
     W_std: Number,
@@ -444,7 +265,7 @@ def DEQ(
         hidden, inject = params
         return composed_apply(((((), hidden), inject), ()), inputs, **kwargs)
 
-    @_requires(batch_axis=0, channel_axis=-1, diagonal_spatial=_nt_stax.Diagonal())
+    @requires(batch_axis=0, channel_axis=-1, diagonal_spatial=_nt_stax.Diagonal())
     def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
         _checks.batches(k)
         if k.nngp.ndim != 2 or k.mask1 is not None or k.mask2 is not None:
