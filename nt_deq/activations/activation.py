@@ -72,6 +72,15 @@ class Activation:
     homogeneous: bool = False
     missed: Callable[[Array], Array] | None = None
 
+    def between(self, k1: Array, k2: Array) -> Callable[[Array], Moments]:
+        """`dual(k1, k2, c)` as a function of `c`: what the variances alone decide is computed here.
+
+        For many `c` at the same variances, of which it has no derivatives.
+        """
+        if isinstance(self.dual, Formula) and self.dual.function in _BETWEEN:
+            return _BETWEEN[self.dual.function](*self.dual.parameters, k1, k2)
+        return partial(self.dual, k1, k2)
+
     def __reduce__(self):
         """Pickles what has a name by its name: functions of JAX and those within do not pickle."""
         if ACTIVATIONS.get(self.name) is self:
@@ -102,6 +111,9 @@ class Formula(Generic[T]):
     def __call__(self, *args: Array) -> T:
         """Evaluates it."""
         return self.function(*self.parameters, *args)
+
+
+_BETWEEN = {hermite.dual: hermite.between, mixtures.dual: mixtures.between}
 
 
 def piecewise_linear(name: str, negative: float, positive: float) -> Activation:

@@ -149,12 +149,28 @@ def dual_up_to(
 ) -> Moments:
     """`dual(fn, fn, k1, k2, c)` where no variance exceeds `limit`, else `beyond(k1, k2, c)`."""
 
-    def by_series(k1, k2, c):
-        # Clipped, so that neither value nor derivative is NaN where vmap computes both branches.
-        return dual(fn, fn, jnp.minimum(k1, limit), jnp.minimum(k2, limit), c)
+    def by_series(k1, k2):
+        return partial(dual, fn, fn, k1, k2)
 
+    return _up_to(limit, by_series, beyond, k1, k2)(c)
+
+
+def between_up_to(
+    limit: float,
+    fn: Function,
+    beyond: Callable[[Array, Array, Array], Moments],
+    k1: Batch,
+    k2: Batch,
+) -> Callable[[Array], Moments]:
+    """`dual_up_to` as a function of `c`, as `between` is of `dual`."""
+    return _up_to(limit, partial(between, fn, fn), beyond, k1, k2)
+
+
+def _up_to(limit, by_series, beyond, k1, k2) -> Callable[[Array], Moments]:
+    # Clipped, so that neither value nor derivative is NaN where vmap computes both branches.
+    series = by_series(jnp.minimum(k1, limit), jnp.minimum(k2, limit))
     exceeded = jnp.any(k1 > limit) | jnp.any(k2 > limit)
-    return lax.cond(exceeded, beyond, by_series, k1, k2, c)
+    return lambda c: lax.cond(exceeded, partial(beyond, k1, k2), series, c)
 
 
 class _Terms(NamedTuple):
@@ -175,23 +191,39 @@ class _Terms(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _dual(f, g, k1, k2, c):
-    """Sums the two series of the module's docstring, with `p` a polynomial in `x = ρ^stride`.
+    return between(f, g, k1, k2)(c)
 
-    Σ b_n b_n ρⁿ⁺¹/(n+1) = b_0 b_0 ρ + ρ^(start+1) p(x), and V̇ is its derivative in ρ.
+
+def between(f: Function, g: Function, k1: Batch, k2: Batch) -> Callable[[Array], Moments]:
+    """`dual(f, g, k1, k2, c)` as a function of `c`, whose coefficients are computed once.
+
+    For many `c` at the same variances. It has derivatives in `c` alone, and in forward mode.
     """
-    series = [expand(Derivative(fn), c.dtype) for fn in (f, g)]
+    k1, k2 = jnp.asarray(k1), jnp.asarray(k2)
+    series = [expand(Derivative(fn), k1.dtype) for fn in (f, g)]
     k1, k2 = (_within(e.limits, k) for e, k in zip(series, (k1, k2), strict=True))
-    terms = _terms(series, k1, k2, c.dtype)
-    scale, rho = _correlation(k1, k2, c)
-    x = lax.integer_pow(rho, terms.stride)
+    terms = _terms(series, k1, k2)
     values1, values2 = _values(Derivative(f), k1), _values(Derivative(g), k2)
-
-    p, dp = _polynomial(terms, x, (values1, k1.shape), (values2, k2.shape))
+    coefficients = [
+        _coefficients(terms, v).reshape(-1, *k.shape) for v, k in ((values1, k1), (values2, k2))
+    ]
     first = _integrate(values1).reshape(k1.shape) * _integrate(values2).reshape(k2.shape)
-    power = lax.integer_pow(rho, terms.start)
-    integral = rho * (first + power * p)
-    slope = first + power * ((terms.start + 1) * p + terms.stride * x * dp)
-    return mean(f, k1) * mean(g, k2) + scale * integral, slope
+    means = mean(f, k1) * mean(g, k2)
+
+    def moments(c):
+        """Sums the two series of the module's docstring, with `p` a polynomial in `x = ρ^stride`.
+
+        Σ b_n b_n ρⁿ⁺¹/(n+1) = b_0 b_0 ρ + ρ^(start+1) p(x), and V̇ is its derivative in ρ.
+        """
+        scale, rho = _correlation(k1, k2, c)
+        x = lax.integer_pow(rho, terms.stride)
+        p, dp = _polynomial(terms.chunks, x, *coefficients)
+        power = lax.integer_pow(rho, terms.start)
+        integral = rho * (first + power * p)
+        slope = first + power * ((terms.start + 1) * p + terms.stride * x * dp)
+        return means + scale * integral, slope
+
+    return moments
 
 
 def _within(limits: np.ndarray, k: Array) -> Array:
@@ -199,14 +231,14 @@ def _within(limits: np.ndarray, k: Array) -> Array:
     return jnp.where(k <= jnp.asarray(limits[-1], k.dtype), k, jnp.nan)
 
 
-def _terms(series: list[Expansion], k1: Array, k2: Array, dtype) -> _Terms:
+def _terms(series: list[Expansion], k1: Array, k2: Array) -> _Terms:
     """As many as the largest variance needs; NaN compares as false and needs none.
 
     Two functions whose degrees differ, as an even and an odd one, have all degrees in common.
     """
 
     def chunks_of(e, k):
-        limits = jnp.expand_dims(jnp.asarray(e.limits[:-1], dtype), range(k.ndim))
+        limits = jnp.expand_dims(jnp.asarray(e.limits[:-1], k.dtype), range(k.ndim))
         return jnp.max(jnp.sum(k[..., None] > limits, axis=-1), initial=0)
 
     needed = map(chunks_of, series, (k1, k2))
@@ -224,31 +256,36 @@ def _correlation(k1: Array, k2: Array, c: Array) -> tuple[Array, Array]:
     return scale, jnp.where(zero, 0, jnp.clip(c / jnp.where(zero, 1, scale), -1, 1))
 
 
-def _polynomial(terms: _Terms, x: Array, side1, side2) -> tuple[Array, Array]:
-    """`p(x) = Σ b_n b_n x^i/(n+1)` over `n = start + i stride`, and `p'(x)`, by Horner's rule.
+def _coefficients(terms: _Terms, values: Array) -> Array:
+    """`b_n/√(n+1)` of values at the nodes, `(terms, variances)`; beyond `terms.chunks` nothing."""
+    seeds = jnp.asarray(_seeds(np.dtype(values.dtype), terms.start, terms.stride, terms.most))
 
-    The coefficients of a chunk are computed when it is added, from the last chunk to the first.
-
-    Args:
-      terms: which ones.
-      x: `ρ^stride`.
-      side1: of one function `(variances, q)` values at the nodes, and the shape of its variances.
-      side2: likewise of the other.
-    """
-    seeds = jnp.asarray(_seeds(np.dtype(x.dtype), terms.start, terms.stride, terms.most))
-
-    def add_chunk(i, carry):
-        p, dp = carry
-        i = terms.chunks - 1 - i
+    def add_chunk(i, coefficients):
         seed = lax.dynamic_index_in_dim(seeds, i, keepdims=False)
         rows = _chunk(seed, terms.start + i * terms.stride * CHUNK, terms.stride)
-        b1, b2 = (_apply(rows, values).reshape(-1, *shape) for values, shape in (side1, side2))
+        return lax.dynamic_update_index_in_dim(coefficients, _apply(rows, values), i, 0)
+
+    nothing = jnp.zeros((terms.most, CHUNK, len(values)), values.dtype)
+    return lax.fori_loop(0, terms.chunks, add_chunk, nothing).reshape(-1, len(values))
+
+
+def _polynomial(chunks: Array, x: Array, b1: Array, b2: Array) -> tuple[Array, Array]:
+    """`p(x) = Σ b_n b_n x^i/(n+1)`, of chunks of `b_n/√(n+1)`, and `p'(x)`, by Horner's rule."""
+
+    def coefficients(i):
+        start = jnp.maximum(i, 0) * CHUNK
+        return [lax.dynamic_slice_in_dim(b, start, CHUNK) for b in (b1, b2)]
+
+    def add_chunk(i, carry):
+        # The coefficients are carried: XLA:CPU else looks up the chunk anew for every number.
+        (part1, part2), p, dp = carry
         for n in reversed(range(CHUNK)):
             dp = dp * x + p
-            p = p * x + b1[n] * b2[n]
-        return p, dp
+            p = p * x + part1[n] * part2[n]
+        return coefficients(chunks - 2 - i), p, dp
 
-    return lax.fori_loop(0, terms.chunks, add_chunk, (jnp.zeros_like(x), jnp.zeros_like(x)))
+    start = coefficients(chunks - 1), jnp.zeros_like(x), jnp.zeros_like(x)
+    return lax.fori_loop(0, chunks, add_chunk, start)[1:]
 
 
 @partial(jax.jit, static_argnums=0)

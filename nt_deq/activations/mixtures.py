@@ -19,7 +19,7 @@ integrands have √(s² + k) in them. So 7 nodes give float32, and 14 give float
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -65,11 +65,18 @@ def dual(components: Components, fn: Function, k1: Batch, k2: Batch, c: Batch) -
       k2: variance of `u'`.
       c: their covariance, clipped to `|c| <= √(k1 k2)`.
     """
+    return hermite.dual_up_to(components.reach, fn, partial(_mixed, components), k1, k2, c)
 
-    def by_mixture(k1, k2, c):
-        return _mix(components, k1, k2, c, closed_forms.covariance_determinant(k1, k2, c))
 
-    return hermite.dual_up_to(components.reach, fn, by_mixture, k1, k2, c)
+def between(
+    components: Components, fn: Function, k1: Batch, k2: Batch
+) -> Callable[[Batch], Moments]:
+    """`dual` as a function of `c`, as `hermite.between`."""
+    return hermite.between_up_to(components.reach, fn, partial(_mixed, components), k1, k2)
+
+
+def _mixed(components: Components, k1: Batch, k2: Batch, c: Batch) -> Moments:
+    return _mix(components, k1, k2, c, closed_forms.covariance_determinant(k1, k2, c))
 
 
 def dual_diagonal(components: Components, k: Batch) -> Moments:

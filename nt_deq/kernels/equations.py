@@ -222,10 +222,10 @@ def multiply(x1: Float[Array, "n1 d"], x2: Float[Array, "n2 d"]) -> Float[Array,
     return jnp.matmul(x1, x2.T, precision=lax.Precision.HIGHEST)
 
 
-def _pair_map(activation, c, args) -> Evaluation:
-    """`W_var V + S` for the covariance `c` of a pair; `aux` is `(V, V̇)`."""
+def _pair_map(moments, c, args) -> Evaluation:
+    """`W_var V + S` for the covariance `c` of a pair; `aux` is `(V, V̇)`, which are `moments(c)`."""
     W_var, s12, k1, k2 = args
-    dual, dual_slope = activation.dual(k1, k2, c)
+    dual, dual_slope = moments(c)
     scale = jnp.sqrt(k1) * jnp.sqrt(k2)
     return Evaluation(W_var * dual + s12, scale, W_var * dual_slope, (dual, dual_slope))
 
@@ -234,7 +234,8 @@ def _solve_by_steps(activation, solver, args, correlation):
     """Covariance, `V`, `V̇`, residual and steps of a tile of pairs, by the solver's steps."""
     _, _, k1, k2 = args
     scale = jnp.sqrt(k1) * jnp.sqrt(k2)
-    pair, c, bounds = partial(_pair_map, activation), scale * correlation, Bounds(-scale, scale)
+    pair = partial(_pair_map, activation.between(k1, k2))
+    c, bounds = scale * correlation, Bounds(-scale, scale)
     steps = 0
     if isinstance(solver, Newton):  # J of a pair is at most the larger one of its inputs
         c, steps = solver.approach(pair, c, args, bounds)
@@ -308,7 +309,7 @@ def _differentiable_jvp(activation, primals, tangents):
     W_var, _, k1, k2 = args
 
     def fn(args):
-        return _pair_map(activation, covariance, args).value
+        return _pair_map(partial(activation.dual, *args[2:]), covariance, args).value
 
     d_covariance = jax.jvp(fn, (args,), (d_args,))[1] / (1 - W_var * dual_slope)
     d_duals = jax.jvp(activation.dual, (k1, k2, covariance), (*d_args[2:], d_covariance))[1]
