@@ -16,7 +16,7 @@ WHOLE := --xla_cpu_parallel_codegen_split_count=1
 # And most of the time of compilation goes into optimising programs that run once, and into XLA's own emitters of
 # fusions.
 QUICK := XLA_FLAGS="$(WHOLE) --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false $$XLA_FLAGS" \
-  $(KEPT)
+  JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 $(KEPT)
 
 # Else the first start of every program compiles what it imports.
 export UV_COMPILE_BYTECODE := 1

@@ -155,7 +155,7 @@ def test_functions_are_known_by_their_values():
         assert all(exponential.recognise(fn) is None for fn in others)
 
 
-@pytest.mark.parametrize("scale", slow_except([1.0], [1e-3, 1.0, 300.0]))
+@pytest.mark.parametrize("scale", slow_except([], [1e-3, 1.0, 300.0]))
 def test_kernels_of_equal_rows(scale):
     """Rows given twice have one kernel, and it solves its equation, in float32, near the edge."""
     x = scale * jax.random.normal(jax.random.key(0), (6, 4))

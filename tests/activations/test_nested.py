@@ -77,6 +77,7 @@ def test_what_is_known_of_a_function():
             assert min(nested.measure(fn)) < 1e4, fn
 
 
+@pytest.mark.slow
 def test_kernels_of_inputs_nobody_scaled():
     """Equal rows have one kernel, which solves its equation and is within its bounds."""
     x = 50 * jax.random.normal(jax.random.key(0), (3, 4))

@@ -10,6 +10,7 @@ import neural_tangents as nt
 import numpy as np
 import pytest
 from conftest import float64
+from marks import slow_except
 
 from nt_deq import NoEquilibriumError, stax
 from nt_deq.kernels import tiles
@@ -73,7 +74,7 @@ def test_the_diagonal_is_exact_in_float32():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("layers", ["pool", "flatten", "spatial"])
+@pytest.mark.parametrize("layers", slow_except(["pool", "spatial"], ["pool", "flatten", "spatial"]))
 def test_images(layers, monkeypatch):
     monkeypatch.setattr(tiles, "_SIDE_ON_CPU", 64)  # 8 images whose blocks are diagonals
     tail = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import slow_except
 
 from nt_deq import Anderson, deq_kernel, equilibrium, stax
 from nt_deq.flax import DEQ
@@ -64,7 +65,7 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", slow_except(FUNCTIONS.keys() - {"attention"}, FUNCTIONS))
 def test_derivatives_agree_with_each_other_and_with_differences(x64, name):
     def fn(w):
         return jnp.sum(jnp.sin(FUNCTIONS[name](w)))

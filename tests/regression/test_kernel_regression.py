@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tensorstore
 from jax.sharding import Mesh
+from marks import slow_except
 from sklearn.kernel_ridge import KernelRidge
 
 import nt_deq
@@ -243,7 +244,7 @@ def test_as_many_landmarks_as_asked_for(data, monkeypatch):
 @pytest.mark.parametrize(
     ("n", "categories", "noise"),
     [
-        (2400, (3, 4, 5), 1e-4),
+        pytest.param(2400, (3, 4, 5), 1e-4, marks=pytest.mark.slow),
         (500, (2,) * 6, 1e-6),
         pytest.param(8400, (20,), 1e-4, marks=pytest.mark.slow),
     ],
@@ -324,8 +325,13 @@ def test_a_program_is_compiled_for_few_numbers_of_inputs(data):
     assert traced == []
 
 
-@pytest.mark.parametrize("get", ["nngp", "ntk"])
-@pytest.mark.parametrize("method", ["cholesky", "cg"])
+@pytest.mark.parametrize(
+    ("get", "method"),
+    slow_except(
+        [("nngp", "cholesky"), ("ntk", "cg")],
+        [("nngp", "cholesky"), ("ntk", "cholesky"), ("nngp", "cg"), ("ntk", "cg")],
+    ),
+)
 def test_deviations_are_at_least_what_rounding_leaves(data, get, method):
     """At training inputs with hardly any noise, where float32 knows nothing of the variance."""
     network = {"kernel_fn": DEQ_KERNEL_FN, "get": get, "relative_noise": 1e-7}
