@@ -23,6 +23,9 @@ img { max-width: 100%; height: auto; }
 """
 
 
+VERDICTS = {True: "holds", False: "**does not hold**", None: "cannot be told"}
+
+
 def page(directory: Path, names: Mapping[str, str | None]) -> str:
     """Writes the page.
 
@@ -40,10 +43,9 @@ def page(directory: Path, names: Mapping[str, str | None]) -> str:
         sections.append(_section(name, report.read_text(encoding="utf-8"), report.parent))
         for claim in json.loads((report.parent / "results.json").read_text("utf-8"))["claims"]:
             verdicts.append(claim["holds"])
-            verdict = "holds" if claim["holds"] else "**does not hold**"
-            rows.append([f"[{name}](#{name})", claim["claim"], verdict])
+            rows.append([f"[{name}](#{name})", claim["claim"], VERDICTS[claim["holds"]]])
     summary = table(("launcher", "claim", "verdict"), rows, align="lll")
-    start = f"# {TITLE}\n\n{sum(verdicts)} of {len(verdicts)} claims hold.\n\n{summary}\n"
+    start = f"# {TITLE}\n\n{verdicts.count(True)} of {len(verdicts)} claims hold.\n\n{summary}\n"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -60,9 +60,10 @@ class LeadingPower:
     orders: int
 
     @property
-    def is_root(self) -> bool:
-        """Whether `D` falls, and as `1/√n` for all that is known: 0 is above the interval."""
-        return self.low <= -0.5 <= self.high < 0
+    def is_root(self) -> bool | None:
+        """Whether `D` falls as `1/√n` for all that is known; `None` if it may not fall at all."""
+        within = self.low <= -0.5 <= self.high
+        return None if within and self.high >= 0 else within
 
     @property
     def formula(self) -> str:
@@ -154,8 +155,8 @@ def tell(fit: LeadingPower, local: list[PowerLaw]) -> str:
     slopes = ", ".join(map(str, local))
     if fit.is_root:
         verdict = "it agrees with theory's −1/2"
-    elif fit.high >= 0:
-        verdict = "it may be 0, so that nothing can be said: take more widths, or more --seeds"
+    elif fit.is_root is None:
+        verdict = "it may be 0 too, which decides nothing: take more widths, or more --seeds"
     else:
         verdict = "theory's −1/2 is outside"
     text = (

@@ -145,12 +145,22 @@ class Claim:
     Attributes:
       claim: what is claimed, with the published numbers.
       measured: what was measured here.
-      holds: whether the measurement agrees.
+      holds: whether the measurement agrees; `None` if it cannot tell.
     """
 
     claim: str
     measured: str
-    holds: bool
+    holds: bool | None
+
+
+def all_hold(verdicts: Iterable[bool | None]) -> bool | None:
+    """Whether all of several things hold; `None` if none fails and some cannot be told."""
+    found = set(verdicts)
+    return None if None in found and False not in found else all(found)
+
+
+_SENTENCES = {True: "It holds.", False: "It does not hold.", None: "It cannot be told."}
+_WORDS = {True: "holds", False: "FAILS", None: "open "}
 
 
 def write_claims(
@@ -186,8 +196,7 @@ def write_claims(
     with figure_style() as plt:
         workdir.write_figure(f"{name}.png", draw(plt))
     verdicts = "\n\n".join(
-        f"**Claim.** {c.claim}\n\n**Measured.** {c.measured}\n\n"
-        f"**{'It holds.' if c.holds else 'It does not hold.'}**"
+        f"**Claim.** {c.claim}\n\n**Measured.** {c.measured}\n\n**{_SENTENCES[c.holds]}**"
         for c in claims
     )
     shown = "".join(f"## {heading}\n\n{text}\n\n" for heading, text in sections.items())
@@ -209,5 +218,5 @@ def write_claims(
         {"claims": claims, "settings": settings, "versions": versions(), **numbers},
     )
     for c in claims:
-        print(f"{'holds' if c.holds else 'FAILS'}  {c.claim}\n       {c.measured}")
+        print(f"{_WORDS[c.holds]}  {c.claim}\n       {c.measured}")
     print(f"\nSee {workdir.path / 'report.md'} and {name}.png beside it.")

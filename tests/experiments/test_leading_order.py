@@ -6,8 +6,9 @@ import pytest
 
 from experiments.lib import infinite, training
 from experiments.lib.data import load
-from experiments.lib.leading_order import fit_leading_power, local_slopes, tell
+from experiments.lib.leading_order import LeadingPower, fit_leading_power, local_slopes, tell
 from experiments.lib.networks import Architecture, draw
+from experiments.lib.report import all_hold
 
 DEMO, FULL = (64, 256, 1024), tuple(2**i for i in range(6, 12))
 RELU = Architecture(W_std=0.6, U_std=1.0, b_std=0.0, activation="relu")
@@ -69,11 +70,29 @@ def test_intervals_cover(widths):
     for name, square in ROOTS.items():
         fits = [fit_leading_power(distances(square, widths, rng)) for _ in range(40)]
         # 95 % of 40 is 38, its standard deviation 1.4.
-        assert sum(fit.is_root for fit in fits) >= 34, name
+        assert [fit.is_root for fit in fits].count(True) >= 34, name
         assert np.mean([fit.high - fit.low for fit in fits]) < 0.25, name
     for name, square in OTHERS.items():
         fits = [fit_leading_power(distances(square, widths, rng)) for _ in range(20)]
         assert not any(fit.is_root for fit in fits), name
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-0.6, -0.4, True),
+        (-0.4, -0.1, False),
+        (-0.9, -0.6, False),
+        (-0.6, 0.1, None),
+        (-0.4, 0.1, False),
+    ],
+)
+def test_data_that_cannot_tell_are_no_verdict(low, high, verdict):
+    fit = LeadingPower((low + high) / 2, low, high, a=1, b=0, c=0, orders=2)
+    assert fit.is_root is verdict
+    assert ("decides nothing" in tell(fit, [])) == (verdict is None)
+    assert all_hold([True, verdict]) is verdict
+    assert all_hold([False, verdict]) is False
 
 
 def test_a_line_would_not_do():
@@ -90,7 +109,7 @@ def test_what_is_told():
     for name, square, widths, message in (
         ("root", ROOTS["pure"], DEMO, "it agrees with theory's −1/2"),
         ("floor", OTHERS["a floor"], FULL, "theory's −1/2 is outside"),
-        ("none", OTHERS["none"], FULL, "it may be 0, so that nothing can be said"),
+        ("none", OTHERS["none"], FULL, "theory's −1/2 is outside"),
         ("two", ROOTS["pure"], DEMO[:2], "take three --widths"),
     ):
         found = distances(square, widths, rng)
