@@ -47,9 +47,14 @@ def tiled(kernel_fn: Callable[..., PyTree]) -> LayerKernelFn:
       The same function; `nt.batch`, `nt.predict` and the transformations of JAX take it as before.
       In reverse mode a tile is computed again instead of being kept.
     """
-    if hasattr(kernel_fn, "is_tiled"):
+    return tiled_by(kernel_fn, 1)
+
+
+def tiled_by(kernel_fn: Callable[..., PyTree], least: int) -> LayerKernelFn:
+    """`tiled`, by tiles of at least so many inputs a side."""
+    if hasattr(kernel_fn, "least"):
         return cast(LayerKernelFn, kernel_fn)
-    network = _Network(kernel_fn)
+    network = _Network(kernel_fn, least)
 
     @wraps(kernel_fn)
     def wrapped(x1, x2=None, get=None, **kwargs):
@@ -57,16 +62,16 @@ def tiled(kernel_fn: Callable[..., PyTree]) -> LayerKernelFn:
             return kernel_fn(x1, x2, get, **kwargs)
         return network(x1, None if x2 is x1 else x2, get, block)
 
-    vars(wrapped)["is_tiled"] = True
+    vars(wrapped)["least"] = least
     return cast(LayerKernelFn, wrapped)
 
 
 class _Network:
     """A `kernel_fn` and its compiled programs."""
 
-    def __init__(self, kernel_fn: Callable[..., PyTree]):
+    def __init__(self, kernel_fn: Callable[..., PyTree], least: int):
         requirements = vars(kernel_fn).get("input_req", {})
-        self.kernel_fn = kernel_fn
+        self.kernel_fn, self.least = kernel_fn, least
         self.batch_first = requirements.get("batch_axis", 0) == 0
         self.inputs = _inputs(**requirements)[2]
         self.pairs = jax.jit(self._pairs, static_argnames=("with_ntk", "symmetric"))
@@ -92,7 +97,7 @@ class _Network:
         if not all(k.diagonal_batch for k in kernels):
             return None
         block = max(k.nngp.size for k in kernels)
-        return None if fits([len(side[0]) for side in arrays], block) else block
+        return None if fits([len(side[0]) for side in arrays], block, self.least) else block
 
     def __call__(self, x1: PyTree, x2: PyTree, get: str | tuple[str, ...], block: int) -> PyTree:
         """What `get` names of the kernel, as neural-tangents returns it."""
@@ -120,7 +125,7 @@ class _Network:
         kernels, tree = jax.tree.flatten(one, is_leaf=_is_kernel)
         diagonal = all(k.diagonal_spatial for k in kernels)
         mirror = partial(mirrored, diagonal) if symmetric else None
-        found, lost = by_tiles(tile, rows, columns, None, mirror, block)
+        found, lost = by_tiles(tile, rows, columns, None, mirror, block, self.least)
         kernels = [
             k.replace(**dict(zip(parts, arrays, strict=True)))
             for k, arrays in zip(kernels, found, strict=True)

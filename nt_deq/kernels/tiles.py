@@ -30,6 +30,7 @@ def by_tiles(
     pairs: PyTree[Shaped[Array, "n1 n2 ..."]],
     mirror: Callable[[Array], Array] | None,
     block: int = 1,
+    least: int = 1,
 ) -> PyTree[Array]:
     """`fn(rows, columns, pairs)` for an `fn` whose pairs are independent of each other.
 
@@ -41,22 +42,23 @@ def by_tiles(
       pairs: a pytree of arrays `(n1, n2, ...)`.
       mirror: turns the result for `(i, j)` into that for `(j, i)`; `None` if nothing does.
       block: how many entries a pair has, at the most.
+      least: rows and columns that a tile has, however many entries that is.
 
     Returns:
       What `fn(rows, columns, pairs)` would.
     """
     args = (rows, columns, pairs)
     shape = len(jax.tree.leaves(rows)[0]), len(jax.tree.leaves(columns)[0])
-    if fits(shape, block):
+    if fits(shape, block, least):
         return fn(*args)
-    on_cpu, elsewhere = (_side(side, block) for side in (_SIDE_ON_CPU, _SIDE))
+    on_cpu, elsewhere = (_side(side, block, least) for side in (_SIDE_ON_CPU, _SIDE))
     whole, tiles = (partial(_loop, fn, shape, mirror, side) for side in (elsewhere, on_cpu))
     return lax.platform_dependent(*args, cpu=tiles, default=whole)
 
 
-def fits(shape: Sequence[int], block: int) -> bool:
+def fits(shape: Sequence[int], block: int, least: int = 1) -> bool:
     """Whether the pairs `(n1, n2)` of so many entries are one tile."""
-    return max(shape) <= _side(_SIDE_ON_CPU, block)
+    return max(shape) <= _side(_SIDE_ON_CPU, block, least)
 
 
 def batch_size(block: int) -> int:
@@ -65,9 +67,9 @@ def batch_size(block: int) -> int:
     return max(1, side**2 // block)
 
 
-def _side(side: int, block: int) -> int:
+def _side(side: int, block: int, least: int) -> int:
     """The side of a tile of blocks that has as many entries as one of single ones."""
-    return max(1, math.isqrt(side**2 // block))
+    return max(least, math.isqrt(side**2 // block))
 
 
 def _even(n: int, side: int) -> int:

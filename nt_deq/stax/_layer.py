@@ -10,7 +10,7 @@ import jax
 import neural_tangents as nt
 from neural_tangents import stax as _nt_stax
 
-from nt_deq.kernels.tiled import tiled
+from nt_deq.kernels.tiled import tiled_by
 from nt_deq.typing import AnyLayer, Layer, LayerKernelFn
 
 _P = ParamSpec("_P")
@@ -28,13 +28,23 @@ def full_precision(fn: _Fn) -> _Fn:
     return cast(_Fn, wrapped)
 
 
-def with_exact_kernel(make: Callable[_P, AnyLayer]) -> Callable[_P, Layer]:
-    """A layer whose `kernel_fn` goes by tiles, in full precision, that of `x·xᵀ` included."""
+def with_exact_kernel(make: Callable[_P, AnyLayer], least: int = 1) -> Callable[_P, Layer]:
+    """A layer whose `kernel_fn` goes by tiles, in full precision, that of `x·xᵀ` included.
+
+    Args:
+      make: gives the layer; of one made of others, some of its arguments are layers.
+      least: inputs a side that its tiles have; or those of the layers that it is made of.
+    """
 
     @wraps(make)
     def wrapped(*args, **kwargs):
         init_fn, apply_fn, kernel_fn = make(*args, **kwargs)
-        return init_fn, apply_fn, tiled(full_precision(kernel_fn))
+        parts = [
+            getattr(each[2], "least", 1)
+            for each in args
+            if isinstance(each, tuple) and len(each) == 3
+        ]
+        return init_fn, apply_fn, tiled_by(full_precision(kernel_fn), max([least, *parts]))
 
     return wrapped
 
@@ -42,6 +52,15 @@ def with_exact_kernel(make: Callable[_P, AnyLayer]) -> Callable[_P, Layer]:
 def layer(make: Callable[_P, AnyLayer]) -> Callable[_P, Layer]:
     """Lets the `kernel_fn` of a new layer take inputs too, in full precision."""
     return with_exact_kernel(_nt_stax.layer(make))
+
+
+def solving_layer(make: Callable[_P, AnyLayer]) -> Callable[_P, Layer]:
+    """`layer` of one that solves an equation for every input of a tile, before those of its pairs.
+
+    With one pair of images a tile those are two equations a pair, as dear as its own; with 2 × 2
+    one.
+    """
+    return with_exact_kernel(_nt_stax.layer(make), least=2)
 
 
 def requires(**requirements) -> Callable[[Callable[..., nt.Kernel]], LayerKernelFn]:

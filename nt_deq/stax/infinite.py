@@ -30,13 +30,13 @@ from nt_deq.kernels.equations import Injection, dense_solver, solve_equilibrium
 from nt_deq.kernels.series import Chebyshev
 from nt_deq.kernels.tied_cell import TiedCell, masked
 from nt_deq.kernels.two_time import Dynamics, grids_for, solve_two_time, solve_with_fewest
-from nt_deq.stax._layer import full_precision, layer, requires
+from nt_deq.stax._layer import full_precision, requires, solving_layer
 from nt_deq.stax.explicit import Nonlinearity
 from nt_deq.trajectory import euler, trajectory_end
 from nt_deq.typing import AnyLayer, Layer, Number
 
 
-@layer
+@solving_layer
 def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -> Layer:
     """A layer of infinite depth, `z* = cell(z*) + inject(x)`, from any stax layers.
 
@@ -100,7 +100,7 @@ def FixedPoint(cell: AnyLayer, inject: AnyLayer, solver: Solver | None = None) -
     return init_fn, apply_fn, kernel_fn
 
 
-@layer
+@solving_layer
 def NeuralODE(
     cell: AnyLayer,
     inject: AnyLayer,
@@ -201,7 +201,7 @@ def NeuralODE(
     return init_fn, apply_fn, kernel_fn
 
 
-@layer
+@solving_layer
 def DEQ(
     width: int,
     W_std: Number,
