@@ -117,13 +117,15 @@ def run(args: argparse.Namespace) -> None:
         )
     model, problem, x_test, source = _load(args) if learned else _fit(args)
     with network.precision(args) as dtype:
+        from nt_deq import KernelClassifier
+
         x_test = x_test.astype(dtype)
-        if problem.classes is None:
+        if isinstance(model, KernelClassifier):
+            found = model.decision_function(x_test, return_std=args.std is not None)
+            what = f"labels of {len(model.classes_)}"
+        else:
             found = model.predict(x_test, return_std=args.std is not None)
             what = "values"
-        else:
-            found = getattr(model, "decision_function")(x_test, return_std=args.std is not None)  # noqa: B009
-            what = f"labels of {len(problem.classes)}"
         mean, std = found if args.std else (found, None)
         # Of a model that was loaded it takes the time of another fit.
         wanted = args.probabilities if learned else model.plan_.method == "cholesky"
