@@ -132,6 +132,13 @@ def read(path: StrPath, *kinds: str) -> Saved:
     return Saved(model["kind"], model["settings"], arrays)
 
 
+def words(labels: np.ndarray) -> np.ndarray:
+    """Labels as they can be saved: words are no objects, of whatever dtype they were."""
+    if all(isinstance(label, str) for label in labels.tolist()):
+        return np.array(labels.tolist())
+    return labels
+
+
 def read_settings(path: StrPath) -> tuple[str, dict[str, JSON]] | None:
     """The kind and settings of the model in a directory, or `None` if there is none.
 

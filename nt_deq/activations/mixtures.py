@@ -86,7 +86,7 @@ def dual_diagonal(components: Components, k: Batch) -> Moments:
 
 def _mix(components: Components, k1: Batch, k2: Batch, c: Batch, determinant: Batch) -> Moments:
     """The moments of a mixture, a sum over the pairs of its components."""
-    k, weights = _kolmogorov_rule(7 if jnp.finfo(c.dtype).nmant < 24 else 14)
+    k, weights = kolmogorov_rule(7 if jnp.finfo(c.dtype).nmant < 24 else 14)
     scales = components.scale * k
     pairs = np.indices((k.size, k.size)).reshape(2, -1)
     weight, scale = (a[pairs].astype(c.dtype) for a in (weights, scales))
@@ -115,7 +115,7 @@ def _kolmogorov_density(x: np.ndarray) -> np.ndarray:
 
 
 @lru_cache
-def _kolmogorov_rule(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+def kolmogorov_rule(nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes `K` and weights of the Gaussian rule of `log K`, by Lanczos' algorithm."""
     log_k = np.linspace(np.log(0.1), np.log(6.0), 2001)  # beyond it is less than rounding
     k = np.exp(log_k)

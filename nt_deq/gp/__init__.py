@@ -16,18 +16,23 @@ in float32 and 2e-16 in float64.
 
 from __future__ import annotations
 
+from nt_deq.gp.classifier import Functions, LaplaceClassifier
 from nt_deq.gp.ensemble import TrainedEnsemble
-from nt_deq.gp.fitting import Fit, fit, largest_W_std
+from nt_deq.gp.fitting import fit, fit_classifier, largest_W_std
 from nt_deq.gp.matrices import variances
 from nt_deq.gp.process import GaussianProcess, JointPrediction, Prediction
+from nt_deq.gp.search import Fit
 
 __all__ = [
     "Fit",
+    "Functions",
     "GaussianProcess",
     "JointPrediction",
+    "LaplaceClassifier",
     "Prediction",
     "TrainedEnsemble",
     "fit",
+    "fit_classifier",
     "largest_W_std",
     "variances",
 ]

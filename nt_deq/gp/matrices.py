@@ -82,12 +82,19 @@ def data(
     x: Real[ArrayLike, "n ..."], y: Real[ArrayLike, "n ..."]
 ) -> tuple[Float[Array, "n ..."], Float[Array, "n C"]]:
     """`x (n, ...)` and `y (n, C)` in the dtype of everything."""
-    for name, numbers in (("x", x), ("y", y)):
-        _checks.real_numbers(name, numbers)
-    x, y = jnp.asarray(x, float), jnp.asarray(y, float)
-    _checks.examples("x", x)
+    x = checked_inputs(x)
+    _checks.real_numbers("y", y)
+    y = jnp.asarray(y, float)
     _checks.targets("y", y, len(x))
     return x, y.reshape(len(y), -1)
+
+
+def checked_inputs(x: Real[ArrayLike, "n ..."]) -> Float[Array, "n ..."]:
+    """Inputs in the dtype of everything."""
+    _checks.real_numbers("x", x)
+    x = jnp.asarray(x, float)
+    _checks.examples("x", x)
+    return x
 
 
 def same_inputs(name: str, new: Array, x: Array) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real, Shaped
 
+from nt_deq import _saving
 from nt_deq.errors import ArgumentError
 from nt_deq.regression.kernel_regression import KernelRegression, Predicted, inputs
 
@@ -38,10 +39,7 @@ class KernelClassifier(KernelRegression):
         return self
 
     def _own_arrays(self) -> dict[str, np.ndarray]:
-        classes = self.classes_
-        if all(isinstance(label, str) for label in classes.tolist()):
-            classes = np.array(classes.tolist())  # words, of whatever dtype
-        return {"classes": classes}
+        return {"classes": _saving.words(self.classes_)}
 
     def _restore(self, fitted: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         super()._restore(fitted, arrays)
