@@ -15,7 +15,7 @@ from jaxtyping import Float, Key, Real, Shaped
 from nt_deq import _checks, _saving
 from nt_deq._probe import probe
 from nt_deq.errors import ArgumentError, NotConvergedError, NotPositiveDefiniteError
-from nt_deq.gp.curvature import ManyClasses, TwoClasses, curvature, reduce_columns
+from nt_deq.gp.curvature import Curvature, curvature, reduce_columns
 from nt_deq.gp.labels import classes_of, labelled
 from nt_deq.gp.laplace import MAX_STEPS, Mode, find_mode, log_evidence
 from nt_deq.gp.matrices import (
@@ -49,7 +49,7 @@ class _State(NamedTuple):
     y: Array  # (n, C), 1 for an input's class and 0 for every other
     weights: Array  # (n,)
     coefficients: Array  # (n, C), a
-    curvature: TwoClasses | ManyClasses
+    curvature: Curvature
 
 
 class LaplaceClassifier:
@@ -104,7 +104,8 @@ class LaplaceClassifier:
         self.classes_ = classes_of(y, rows(x))
         self._double = in_float64(rows(x), x, weights)
         with mode(self._double):
-            self._state = self._first_state(x, y, weights)
+            problem = labelled(x, y, self.classes_, weights)
+            self._state = _fitted(kernel_fn, get, *problem)
 
     def log_marginal_likelihood(self) -> Float[Array, ""]:
         """Computes Laplace's approximation of `log p(y | x)`, in nats (GPML eq. 3.44)."""
@@ -222,13 +223,6 @@ class LaplaceClassifier:
             model._state = _State(x, kernel, y, weights, a, _curvature(kernel, a, weights))
         return model
 
-    def _first_state(self, x, y, weights) -> _State:
-        x, y, weights = labelled(x, y, self.classes_, weights)
-        kernel = kernel_matrix(self.kernel_fn, x, None, self.get)
-        found = find_mode(kernel, y, weights)
-        check_mode(found, kernel, self.get)
-        return _State(x, kernel, y, weights, found.coefficients, found.curvature)
-
     def _functions(self, state: _State, x_test) -> Functions:
         inputs = inputs_like(state.x, x_test)
         cross = kernel_matrix(self.kernel_fn, state.x, inputs, self.get)
@@ -236,7 +230,32 @@ class LaplaceClassifier:
         return _predict(state, cross, prior)
 
 
-def check_mode(found: Mode, kernel: Float[Array, "n n"], get: Get) -> None:
+def of_targets(
+    kernel_fn: KernelFn,
+    x: Float[Array, "n ..."],
+    y: Float[Array, "n C"],
+    weights: Float[Array, " n"],
+    get: Get,
+) -> LaplaceClassifier:
+    """A classifier whose targets, 1 for an input's class and 0 for every other, may be traced.
+
+    Its classes are numbers, of which some may have no input.
+    """
+    model = object.__new__(LaplaceClassifier)
+    model.kernel_fn, model.get, model.classes_ = kernel_fn, get, np.arange(y.shape[1])
+    model._double = False
+    model._state = _fitted(kernel_fn, get, x, y, weights)
+    return model
+
+
+def _fitted(kernel_fn, get, x, y, weights) -> _State:
+    kernel = kernel_matrix(kernel_fn, x, None, get)
+    found = find_mode(kernel, y, weights)
+    _check_mode(found, kernel, get)
+    return _State(x, kernel, y, weights, found.coefficients, found.curvature)
+
+
+def _check_mode(found: Mode, kernel: Float[Array, "n n"], get: Get) -> None:
     """Raises where the mode was not found (and nothing is traced)."""
     if _checks.is_traced(found) or bool(found.converged):
         return
@@ -254,7 +273,7 @@ def check_mode(found: Mode, kernel: Float[Array, "n n"], get: Get) -> None:
 
 
 @jax.jit
-def _curvature(kernel: Array, a: Array, weights: Array) -> TwoClasses | ManyClasses:
+def _curvature(kernel: Array, a: Array, weights: Array) -> Curvature:
     return curvature(kernel, jnp.matmul(kernel, a, precision="highest"), weights)
 
 

@@ -9,7 +9,7 @@ needs is by `S = (K + W⁻¹)⁻¹`, with `K` once for every class: the posterio
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +18,6 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 from jaxtyping import Float
 
 _COLUMNS = 256  # that are reduced at once, which bounds the memory
-
-
-class Curvature(Protocol):
-    """`S`, as what it is multiplied with."""
-
-    def solve(self, v: Float[Array, "n C"]) -> Float[Array, "n C"]:
-        """`S v`."""
-        ...
-
-    def blocks(self) -> Float[Array, "n n"]:
-        """`Σ_c S_cc`."""
-        ...
-
-    def reduce(self, k: Float[Array, " n"]) -> Float[Array, "C C"]:
-        """`kᵀ S k`, with `k` once for every class."""
-        ...
-
-    def half_log_determinant(self) -> Float[Array, ""]:
-        """`log |1 + K W| / 2`."""
-        ...
 
 
 class TwoClasses(NamedTuple):
@@ -118,9 +98,13 @@ class ManyClasses(NamedTuple):
         return jnp.einsum("cij,ci->cj", self.halves, half, precision="highest")
 
 
+Curvature: TypeAlias = TwoClasses | ManyClasses
+"""`S`, as what it is multiplied with."""
+
+
 def curvature(
     kernel: Float[Array, "n n"], f: Float[Array, "n C"], weights: Float[Array, " n"]
-) -> TwoClasses | ManyClasses:
+) -> Curvature:
     """Factorises `S` at the functions `f`; NaN where `kernel` is not positive semi-definite.
 
     Args:
@@ -160,7 +144,7 @@ def half_log_determinant(
     kernel: Float[Array, "n n"],
     f: Float[Array, "n C"],
     weights: Float[Array, " n"],
-    found: TwoClasses | ManyClasses,
+    found: Curvature,
 ) -> Float[Array, ""]:
     """`log |1 + K W| / 2` by its curvature, with its derivative in closed form."""
     del kernel, f, weights

@@ -20,8 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from nt_deq.fixed_point.implicit import implicit_vectors, keep
 from nt_deq.gp.curvature import (
-    ManyClasses,
-    TwoClasses,
+    Curvature,
     curvature,
     half_log_determinant,
 )
@@ -43,7 +42,7 @@ class Mode(NamedTuple):
     """
 
     coefficients: Float[Array, "n C"]
-    curvature: TwoClasses | ManyClasses
+    curvature: Curvature
     steps: Int[Array, ""]
     converged: Bool[Array, ""]
 
@@ -77,7 +76,7 @@ def log_evidence(
     y: Float[Array, "n C"],
     weights: Float[Array, " n"],
     coefficients: Float[Array, "n C"],
-    found: TwoClasses | ManyClasses,
+    found: Curvature,
 ) -> Float[Array, ""]:
     """`log q(y | x)` in nats: `-aᵀf/2 + Σ w log π_y - log |1 + K W|/2` (GPML eq. 3.44).
 
@@ -127,7 +126,7 @@ def _share(a, f, d_a, d_f, y, weights, length) -> Array:
     return lax.while_loop(too_far, lambda share: share / 2, jnp.ones((), f.dtype))
 
 
-def _step(a, f, kernel, y, weights, found: TwoClasses | ManyClasses) -> Array:
+def _step(a, f, kernel, y, weights, found: Curvature) -> Array:
     """Newton's: `(1 + W K)⁻¹ g = g - S K g`, with `g` the gradient of the log posterior in `f`.
 
     Refined once: of variances of 1e8 the difference keeps but a digit.

@@ -56,13 +56,13 @@ def log_probabilities(
 
 
 def _two_classes(mean: Array, covariance: Array) -> Array:
-    sign = jnp.array([1, -1], mean.dtype)
-    difference = jnp.sum(mean * sign, axis=1)
-    variance = jnp.einsum("i,mij,j->m", sign, covariance, sign, precision="highest")
-    k, weights = kolmogorov_rule(14)
-    scale = jnp.sqrt((2 * k) ** 2 + jnp.maximum(variance, 0)[:, None])
-    z = (difference[:, None] * sign)[:, :, None] / scale[:, None, :]
-    return logsumexp(log_ndtr(z) + jnp.asarray(np.log(weights), z.dtype), axis=2)
+    difference = mean[:, 0] - mean[:, 1]
+    own = covariance[:, 0, 0] + covariance[:, 1, 1]
+    variance = jnp.maximum(own - covariance[:, 0, 1] - covariance[:, 1, 0], 0)
+    k, weights = (jnp.asarray(a, mean.dtype) for a in kolmogorov_rule(14))
+    z = difference[:, None] / jnp.sqrt(((2 * k) ** 2)[None, :] + variance[:, None])
+    log_p = log_ndtr(jnp.stack([z, -z], axis=1))
+    return logsumexp(log_p + jnp.log(weights)[None, None, :], axis=2)
 
 
 def _contrasts(classes: int) -> Float[np.ndarray, "C contrasts"]:

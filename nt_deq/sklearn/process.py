@@ -35,7 +35,7 @@ validate_data = cast(Callable[..., PyTree], _validate_data)
 FLOATS = [np.float64, np.float32]
 _LEAST_NOISE = 1e-8  # of targets with variance 1
 _LARGEST_B_STD = 100.0  # likewise: beyond, the kernel is a constant and rounding errors
-_TEST = 4096  # inputs predicted at once
+TEST = 4096  # inputs predicted at once
 
 
 def observed(
@@ -87,6 +87,11 @@ class DEQProcess(BaseEstimator):
         self.max_exact = max_exact
         self.random_state = random_state
 
+    @property
+    def _laplace(self) -> bool:
+        """Whether targets are classes, 0 and 1, and have no noise."""
+        return False
+
     def __getstate__(self):
         state = cast(dict, super().__getstate__())
         state = {name: value for name, value in state.items() if name != "_regression"}  # programs
@@ -108,8 +113,11 @@ class DEQProcess(BaseEstimator):
         with programs.exactly():
             if self.optimize:
                 self._optimize(random.randint(2**31))
-            self.log_marginal_likelihood_ = float(self._evaluate(programs.likelihood))
-            if n > self.max_exact:
+            likelihood = programs.evidence if self._laplace else programs.likelihood
+            self.log_marginal_likelihood_ = float(self._evaluate(likelihood))
+            if n > self.max_exact and self._laplace:
+                self._problem = pad(np.asarray(self._scaler.transform(X)), targets, weights)
+            elif n > self.max_exact:
                 self._regression = self._fit_regression()
         return rows
 
@@ -149,7 +157,7 @@ class DEQProcess(BaseEstimator):
                 f"activation={self.activation!r}: the search for hyper-parameters stays where "
                 "every input has an equilibrium. Take a smaller one, or optimize=False."
             )
-        if self.noise <= _LEAST_NOISE:
+        if self.noise <= _LEAST_NOISE and not self._laplace:
             raise ArgumentError(
                 f"noise={self.noise} must be above {_LEAST_NOISE:.2g}, the least that the search "
                 "for hyper-parameters tries. Take a larger one, or optimize=False."
@@ -163,6 +171,7 @@ class DEQProcess(BaseEstimator):
         # of U_std and b_std; and 0 stays 0.
         fixed = {"U_std" if own_scales else "length_scale"}
         fixed |= {"V_std"} if phi.homogeneous else set()
+        fixed |= {"noise"} if self._laplace else set()
         fixed |= {name for name, value in values.items() if value == 0}
         start = {name: value for name, value in values.items() if name not in fixed}
         bounds = {
@@ -170,10 +179,12 @@ class DEQProcess(BaseEstimator):
             "b_std": (0.0, max(_LARGEST_B_STD, 10 * self.b_std)),
             "noise": (_LEAST_NOISE, np.inf),
         }
-        self.optimum_ = gp.fit(
+        y = self._problem.y
+        search, y = (gp.fit_classifier, y.argmax(axis=1)) if self._laplace else (gp.fit, y)
+        self.optimum_ = search(
             programs.make_kernel(phi, tuple((name, values[name]) for name in sorted(fixed))),
             self._problem.x,
-            self._problem.y,
+            y,
             start,
             bounds={name: bound for name, bound in bounds.items() if name in start},
             get=self.get,
@@ -227,7 +238,11 @@ class DEQProcess(BaseEstimator):
     def _predict_process(
         self, X: ArrayLike
     ) -> tuple[Float[np.ndarray, "m C"], Float[np.ndarray, " m"]]:
-        """Mean `(m, C)` and variance `(m,)` of the function.
+        """Mean `(m, C)` and variance `(m,)` of the function; errors are those of `_predict`."""
+        return self._predict(X, self._predict_scaled)
+
+    def _predict(self, X: ArrayLike, predict_scaled: Callable[[np.ndarray], PyTree]) -> PyTree:
+        """What is predicted of inputs, from standardised ones.
 
         Raises:
           NoEquilibriumError: the network has none for some of the inputs.
@@ -236,7 +251,7 @@ class DEQProcess(BaseEstimator):
         X = validate_data(self, X, dtype=FLOATS, reset=False)
         x = np.asarray(self._scaler.transform(X))
         try:
-            return self._predict_scaled(x)
+            return predict_scaled(x)
         except NoEquilibriumError as error:
             with programs.exactly():
                 variances = gp.variances(self._kernel_fn(), jnp.asarray(x), self.get)
@@ -250,7 +265,7 @@ class DEQProcess(BaseEstimator):
         with programs.exactly():
             if len(self.X_train_) <= self.max_exact:
                 return by_batches(
-                    partial(self._evaluate, programs.posterior), pad_features(x), _TEST
+                    partial(self._evaluate, programs.posterior), pad_features(x), TEST
                 )
             if not hasattr(self, "_regression"):
                 self._regression = self._fit_regression()

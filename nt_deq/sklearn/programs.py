@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from nt_deq import gp
 from nt_deq._jax import enable_x64
 from nt_deq.activations import Activation
+from nt_deq.gp.classifier import of_targets
 from nt_deq.networks import deq_network
 from nt_deq.typing import MakeKernel, Number
 
@@ -100,3 +101,17 @@ def posterior(make, get, p, problem, x_test):
     """The posterior at padded inputs."""
     x, y, weights = problem
     return gp.GaussianProcess(make(p), x, y, p["noise"], get, weights).posterior(x_test)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def evidence(make, get, p, problem):
+    """Laplace's approximation of the log marginal likelihood of a problem of classes."""
+    x, y, weights = problem
+    return of_targets(make(p), x, y, weights, get).log_marginal_likelihood()
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def class_probabilities(make, get, p, problem, x_test):
+    """Logarithms of the probabilities of classes at padded inputs."""
+    x, y, weights = problem
+    return of_targets(make(p), x, y, weights, get).predict_log_proba(x_test)

@@ -27,6 +27,7 @@ from nt_deq.activations import ACTIVATIONS
 from nt_deq.sklearn import DEQClassifier, DEQRegressor, padding
 
 FIXED = [DEQRegressor(optimize=False), DEQClassifier(optimize=False)]
+LAPLACE = DEQClassifier(likelihood="laplace", optimize=False)
 STDS = {"W_std": 0.9, "U_std": 1.1, "b_std": 0.3, "V_std": 1.2}
 
 
@@ -39,7 +40,7 @@ def test_interface(estimator, check):
 
 def equal_to_few_digits(estimator):
     """What is searched for ends somewhere else by rounding: `test_weights_are_repetitions`."""
-    if estimator is FIXED[0]:
+    if estimator is FIXED[0] or estimator is LAPLACE:
         return {}
     return {"check_sample_weight_equivalence_on_dense_data": "equal to five digits, not to nine"}
 
@@ -48,7 +49,7 @@ def equal_to_few_digits(estimator):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.filterwarnings("ignore")
 @parametrize_with_checks(
-    [*FIXED, DEQRegressor(), DEQClassifier(get="ntk")],
+    [*FIXED, LAPLACE, DEQRegressor(), DEQClassifier(get="ntk")],
     expected_failed_checks=equal_to_few_digits,
 )
 def test_all_checks(estimator, check):
@@ -126,7 +127,11 @@ def test_a_noise_that_float32_cannot_tell(max_exact):
 
 @pytest.mark.parametrize(
     "estimator",
-    [*FIXED, pytest.param(DEQRegressor(optimize=False, max_exact=30), marks=pytest.mark.slow)],
+    [
+        *FIXED,
+        LAPLACE,
+        pytest.param(DEQRegressor(optimize=False, max_exact=30), marks=pytest.mark.slow),
+    ],
 )
 def test_weights_are_repetitions(estimator):
     x, y = data()
@@ -276,6 +281,34 @@ def test_probabilities_of_two_classes_are_the_expected_probit():
     assert model.score(x, labels) > 0.9
 
 
+@pytest.mark.parametrize("max_exact", [1000, 20])
+def test_laplace_is_that_of_the_process(max_exact):
+    """Padding does not show, and beyond `max_exact` all rows take part."""
+    x, y = data()
+    labels, x_test = np.digitize(y, [4, 6]), data(7, seed=1)[0]
+    options = {"likelihood": "laplace", "optimize": False, "max_exact": max_exact}
+    model = DEQClassifier(**{**STDS, "V_std": 5.0}, **options).fit(x, labels)
+    scaled = (x - x.mean(0)) / x.std(0)
+    expected = gp.LaplaceClassifier(kernel_fn({**STDS, "V_std": 5.0}), scaled, labels)
+    found = expected.predict_proba((x_test - x.mean(0)) / x.std(0))
+    np.testing.assert_allclose(model.predict_proba(x_test), found, rtol=1e-5)
+    np.testing.assert_array_equal(model.predict(x_test), np.argmax(found, axis=1))
+    if max_exact > len(x):
+        evidence = expected.log_marginal_likelihood()
+        np.testing.assert_allclose(model.log_marginal_likelihood_, evidence, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_laplace_finds_hyperparameters_of_more_evidence():
+    x, y = data()
+    given = DEQClassifier(likelihood="laplace", optimize=False).fit(x, y > 5)
+    model = DEQClassifier(likelihood="laplace", noise=0.0).fit(x, y > 5)
+    assert model.optimum_.converged
+    assert "noise" not in model.optimum_.parameters
+    assert model.log_marginal_likelihood_ > given.log_marginal_likelihood_ + 1
+    assert model.score(x, y > 5) > 0.9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("max_exact", [1000, 100])
 def test_probabilities_of_digits_are_calibrated(max_exact):
@@ -295,6 +328,8 @@ def test_one_class_and_bad_arguments_are_refused():
     x, y = data()
     with pytest.raises(ValueError, match="one class"):
         DEQClassifier().fit(x, np.zeros(len(x)))
+    with pytest.raises(ValueError, match="^likelihood='probit' must be one of"):
+        DEQClassifier(likelihood="probit").fit(x, y > 5)
     for arguments, message in (
         ({"W_std": -1}, "W_std=-1 "),
         ({"W_std": 1.5}, r"W_std=1\.5 must be below 1\.41421 for activation='relu'"),
