@@ -1,5 +1,7 @@
 """Laplace's approximation against matrices of `nC × nC`, scikit-learn, differences and draws."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +77,7 @@ def test_two_classes_are_scikit_learns(x64):
     expected = reference.log_marginal_likelihood_value_
     np.testing.assert_allclose(model.log_marginal_likelihood(), expected, rtol=1e-8)
     mean, _ = model.posterior(X)
-    found = reference.base_estimator_
+    found: Any = reference.base_estimator_
     np.testing.assert_allclose(mean[:, 1] - mean[:, 0], found.f_cached, atol=1e-4)
     # And its probabilities are a sum of five error functions, good to 1e-2.
     proba = model.predict_proba(X_TEST)
@@ -95,7 +97,7 @@ def test_two_classes_are_a_case_of_many(x64):
     np.testing.assert_allclose(two.reduce(kernel[0]), many.reduce(kernel[0])[:2, :2], atol=1e-11)
 
 
-@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("classes", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_derivatives_are_those_of_finite_differences(x64, classes):
     """Of scale, length and a weight, through the mode; under jit, vmap, grad and hessian."""
 
@@ -220,7 +222,7 @@ def test_fifty_classes_and_classes_of_one_row():
     labels = np.minimum(np.arange(60), 49)
     model = gp.LaplaceClassifier(rbf(10.0, 0.5), x, labels)
     assert (model.predict(x) == labels).mean() > 0.9
-    two = gp.LaplaceClassifier(rbf(1.0), X[:2], ["no", "yes"])
+    two = gp.LaplaceClassifier(rbf(1.0), X[:2], np.array(["no", "yes"]))
     np.testing.assert_allclose(two.predict_proba(X[:2]), two.predict_proba(X[:2])[::-1, ::-1])
 
 

@@ -281,7 +281,7 @@ def test_probabilities_of_two_classes_are_the_expected_probit():
     assert model.score(x, labels) > 0.9
 
 
-@pytest.mark.parametrize("max_exact", [1000, 20])
+@pytest.mark.parametrize("max_exact", [1000, pytest.param(20, marks=pytest.mark.slow)])
 def test_laplace_is_that_of_the_process(max_exact):
     """Padding does not show, and beyond `max_exact` all rows take part."""
     x, y = data()
@@ -328,7 +328,7 @@ def test_one_class_and_bad_arguments_are_refused():
     x, y = data()
     with pytest.raises(ValueError, match="one class"):
         DEQClassifier().fit(x, np.zeros(len(x)))
-    with pytest.raises(ValueError, match="^likelihood='probit' must be one of"):
+    with pytest.raises(ValueError, match=r"^likelihood='probit' must be one of"):
         DEQClassifier(likelihood="probit").fit(x, y > 5)
     for arguments, message in (
         ({"W_std": -1}, "W_std=-1 "),
