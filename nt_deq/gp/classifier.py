@@ -100,7 +100,8 @@ class LaplaceClassifier:
             was not found (inside `jax.jit`: NaN).
           ValueError: an argument cannot be right; the message says why.
         """
-        self.kernel_fn, self.get = kernel_fn, get
+        self.kernel_fn = kernel_fn
+        self.get: Get = get
         self.classes_ = classes_of(y, rows(x))
         self._double = in_float64(rows(x), x, weights)
         with mode(self._double):

@@ -78,7 +78,9 @@ def _quasi_normal(count: int, size: int) -> Float[np.ndarray, "count size"]:
     from scipy.special import ndtri
     from scipy.stats import qmc
 
-    return ndtri(qmc.Sobol(size, seed=0).random(count))
+    # SciPy before 1.15 has no `rng`.
+    sequence = qmc.Sobol(size, seed=0)  # pyright: ignore[reportCallIssue]
+    return ndtri(sequence.random(count))
 
 
 def _matmul(a: Array, b: Array) -> Array:
