@@ -187,7 +187,7 @@ def outcome(solution: Solution, on_failure: OnFailure, given: dict[str, PyTree])
         on_failure = "nan" if traced else "raise"
     value = solution.value
     if on_failure == "raise" and not traced and not np.all(converged):
-        raise NotConvergedError(_message(solution, _not_finite(given)))
+        raise NotConvergedError(_message(solution, not_finite(given)))
     if on_failure == "raise" and traced:
         broken = [~jnp.isfinite(leaf).all() for _, leaf in _numbers(given)]
         import equinox
@@ -244,7 +244,8 @@ def _numbers(given: dict[str, PyTree]) -> list[tuple[str, ArrayLike]]:
     ]
 
 
-def _not_finite(given: dict[str, PyTree]) -> list[str]:
+def not_finite(given: dict[str, PyTree]) -> list[str]:
+    """The names of what is NaN or infinite in a tree, such as `parameters.cell.linear.W`."""
     return [name for name, leaf in _numbers(given) if not np.isfinite(np.asarray(leaf)).all()]
 
 

@@ -3,5 +3,15 @@
 from nt_deq.flax.convert import from_stax, functional, to_stax
 from nt_deq.flax.deq import DEQ, FixedPoint
 from nt_deq.flax.layers import Conv, Dense
+from nt_deq.flax.ode import NeuralODE
 
-__all__ = ["DEQ", "Conv", "Dense", "FixedPoint", "from_stax", "functional", "to_stax"]
+__all__ = [
+    "DEQ",
+    "Conv",
+    "Dense",
+    "FixedPoint",
+    "NeuralODE",
+    "from_stax",
+    "functional",
+    "to_stax",
+]

@@ -9,8 +9,9 @@ from jax import Array
 from jaxtyping import PyTree
 
 from nt_deq.errors import ArgumentError
-from nt_deq.flax.deq import DEQ, FixedPoint, Hidden
+from nt_deq.flax.deq import DEQ, Hidden
 from nt_deq.flax.layers import Conv, Dense
+from nt_deq.flax.tied import Tied
 from nt_deq.typing import ApplyFn
 
 
@@ -40,12 +41,13 @@ def to_stax(module: nnx.Module) -> PyTree:
     """Returns the parameters of a module as the stax layer of the same function takes them.
 
     Args:
-      module: a `Dense`, `Conv`, `DEQ`, or a `FixedPoint` or `nnx.Sequential` of these and of
-        functions without parameters.
+      module: a `Dense`, `Conv`, `DEQ`, or a `FixedPoint`, `NeuralODE` or `nnx.Sequential` of these
+        and of functions without parameters.
 
     Returns:
-      The `params` of `apply_fn(params, x)` of `stax.Dense`, `Conv`, `DEQ`, `FixedPoint`, `serial`.
-      Those of a `DEQ` with `kernel_size` are for `serial(FixedPoint(...), φ)`.
+      The `params` of `apply_fn(params, x)` of `stax.Dense`, `Conv`, `DEQ`, `FixedPoint`,
+      `NeuralODE`, `serial`. Those of a `DEQ` with `kernel_size` are for
+      `serial(FixedPoint(...), φ)`.
 
     Raises:
       ValueError: the module is of another kind.
@@ -87,7 +89,7 @@ def _layers(module: object) -> PyTree:
             return module.hidden, module.inject
         case DEQ():
             return [(_layers(module.cell), module.inject), ()]
-        case FixedPoint():
+        case Tied():
             return _layers(module.cell), _layers(module.inject)
         case Hidden():
             return [(), module.linear]
@@ -96,7 +98,7 @@ def _layers(module: object) -> PyTree:
         case nnx.Module() if jax.tree.leaves(nnx.state(module)):
             raise ArgumentError(
                 f"{type(module).__name__} has no stax layer of the same function: use Dense, Conv, "
-                "DEQ, FixedPoint and nnx.Sequential."
+                "DEQ, FixedPoint, NeuralODE and nnx.Sequential."
             )
     return ()
 

@@ -32,10 +32,10 @@ from nt_deq.fixed_point.solver import (
     Solution,
     Solver,
     SteppingSolver,
-    at_least_single,
     check_solver,
 )
-from nt_deq.flax.layers import Conv, Dense, Keys, Padding, Parameterization, normalize
+from nt_deq.flax.layers import Conv, Dense, Keys, Padding, Parameterization
+from nt_deq.flax.tied import Tied, check_shapes
 from nt_deq.typing import Number
 
 TRAINING_RTOL = 1e-3
@@ -43,7 +43,7 @@ TRAINING_RTOL = 1e-3
 _logger = logging.getLogger(__name__)
 
 
-class FixedPoint(nnx.Module):
+class FixedPoint(Tied):
     """A network of infinite depth, `z* = cell(z*) + inject(x)`, from any nnx modules.
 
     The function of `stax.FixedPoint(cell, inject)`. Returns the equilibrium itself: put the
@@ -73,13 +73,8 @@ class FixedPoint(nnx.Module):
         adjoint: Adjoint | None = None,
         on_failure: OnFailure = None,
     ):
-        if not isinstance(cell, nnx.Module):
-            raise ArgumentError(
-                f"cell={cell!r} must be an nnx.Module; wrap functions in nnx.Sequential."
-            )
+        super().__init__(cell, inject)
         check_on_failure(on_failure)
-        self.cell = cell
-        self.inject = inject
         check_solver(solver)
         self.solver, self.adjoint = solver, adjoint
         self.on_failure: OnFailure = on_failure
@@ -164,9 +159,7 @@ class FixedPoint(nnx.Module):
 
     def _problem(self, x: PyTree) -> tuple[_Layer, Array, tuple[nnx.State, Array]]:
         """The layer, `u = inject(x)`, and the layer's arguments."""
-        u = self.inject(x)
-        u = u.astype(at_least_single(u.dtype))
-        graph, state = nnx.split(normalize(self.cell, u.shape[1:-1]))
+        u, graph, state = self._split(x)
         return _Layer(graph), u, (state, u)
 
     @property
@@ -202,11 +195,7 @@ class _Layer:
     def __call__(self, z: Array, args: tuple[nnx.State, Array]) -> Array:
         state, u = args
         out = self.cell(z, state)
-        if not out.shape == z.shape == u.shape:
-            raise ArgumentError(
-                f"FixedPoint: the cell turns z of shape {z.shape} into {out.shape}, and inject(x) "
-                f"has shape {u.shape}: all must be the same."
-            )
+        check_shapes("FixedPoint", z, out, u)
         return out.astype(u.dtype) + u
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache, partial
 
+import jax
+import jax.numpy as jnp
 import neural_tangents as nt
 from jax import Array, random
 from jaxtyping import PyTree
@@ -55,19 +57,36 @@ class TiedCell:
         out = self._cell[1](params, masked(z, mask), **kwargs)
         return out if mask is None else out.masked_value
 
+    def by_samples(
+        self, u: Array, mask: Array | None, kwargs: dict[str, PyTree]
+    ) -> tuple[dict[str, PyTree], PyTree]:
+        """What the cell takes of all samples, and of each: its `u`, mask and key, along axis 0."""
+        if kwargs.get("pattern") is not None:
+            raise self._no_pattern()
+        key = kwargs.get("rng")
+        rng = {} if key is None else {"rng": random.split(key, u.shape[self.batch_axis])}
+        rest = {name: value for name, value in kwargs.items() if name not in ("rng", "pattern")}
+        first = jax.tree.map(lambda a: jnp.moveaxis(a, self.batch_axis, 0), (u, mask))
+        return rest, (*first, rng)
+
+    def as_batch(self, sample: PyTree) -> PyTree:
+        """A batch of one sample."""
+        return jax.tree.map(lambda a: jnp.expand_dims(a, self.batch_axis), sample)
+
     def injected_kernel(self, k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
         """The kernel of `inject(x)`; raises unless the kernels of both describe the layer."""
         _checks.batches(k)
         if kwargs.get("pattern") is not None:
-            raise NotImplementedError(
-                f"{self._layer} does not take the `pattern` of stax.Aggregate."
-            )
+            raise self._no_pattern()
         u = unreversed(self._inject[2](k, **kwargs))
         assert u.shape1 is not None
         check_gaussian(self._layer, self._cell[2], u)
         before, after = u.shape1[: self.batch_axis], u.shape1[self.batch_axis + 1 :]
         self._check_bypass((*before, 2, *after))
         return u
+
+    def _no_pattern(self) -> NotImplementedError:
+        return NotImplementedError(f"{self._layer} does not take the `pattern` of stax.Aggregate.")
 
 
 def masked(z: Array, mask: Array | None) -> PyTree:

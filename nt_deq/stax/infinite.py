@@ -32,7 +32,7 @@ from nt_deq.kernels.tied_cell import TiedCell, masked
 from nt_deq.kernels.two_time import Dynamics, grids_for, solve_two_time, solve_with_fewest
 from nt_deq.stax._layer import full_precision, requires, solving_layer
 from nt_deq.stax.explicit import Nonlinearity
-from nt_deq.trajectory import euler, trajectory_end
+from nt_deq.trajectory import Integration, Residual, trajectories, trajectory_end
 from nt_deq.typing import AnyLayer, Layer, Number
 
 
@@ -168,21 +168,23 @@ def NeuralODE(
     def init_fn(rng, input_shape, **kwargs):
         return tied.init(rng, input_shape, **kwargs)
 
+    def velocity(z, shared, own):  # of one sample
+        params, leak, kwargs = shared
+        u, mask, rng = own
+        z, u, mask = tied.as_batch((z, u, mask))
+        out = tied.apply(params, z, mask, **kwargs, **rng) - leak * z
+        return jnp.squeeze(out + u if inject_always else out, tied.batch_axis)
+
     @full_precision
     def apply_fn(params: PyTree, inputs: PyTree, **kwargs: PyTree) -> PyTree:
         u, mask, kwargs = tied.injected(params, inputs, kwargs)
-
-        def velocity(z):
-            out = tied.apply(params[0], z, mask, **kwargs) - jnp.asarray(leak, u.dtype) * z
-            return out + u if inject_always else out
-
-        start = jnp.zeros_like(u) if inject_always else u
-        end = jnp.asarray(T, u.dtype)
-        if steps is None:
-            z = trajectory_end(velocity, start, end, tied.batch_axis)
-        else:
-            z = euler(velocity, start, end, steps)
-        return masked(z, mask)
+        kwargs, own = tied.by_samples(u, mask, kwargs)
+        start = jnp.zeros_like(own[0]) if inject_always else own[0]
+        end, rate = (jnp.asarray(value, u.dtype) for value in (T, leak))
+        method = Integration() if steps is None else Residual(steps)
+        found = trajectories(method, velocity, start, end, (params[0], rate, kwargs), own)
+        z = trajectory_end(found, None, {"params": params, "inputs": inputs})
+        return masked(jnp.moveaxis(z, 0, tied.batch_axis), mask)
 
     @requires(**tied.requirements)
     def kernel_fn(k: nt.Kernel, **kwargs: PyTree) -> nt.Kernel:
