@@ -13,7 +13,7 @@ Writes results.json, neural_ode.png and report.md to --workdir.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -41,13 +41,14 @@ TIMES = (0.25, 0.5, 1.0, 2.0, 4.0)
 LONG_TIMES = (1.0, 2.0, 4.0, 8.0, 16.0)  # on the way to the equilibrium
 LAYERS = (1, 3, 10, 30, 100, 300, 1000)  # of the finite residual networks
 RESIDUAL_WIDTH = 512
+LAYER_INPUTS = 3
 GAUSSIAN_INPUTS, OUTPUTS = 3, 2  # of the test of joint normality
 ON_IMAGES = "erf"  # whose kernels of hundreds of inputs take seconds, where softplus takes minutes
 FULL = {
     "widths": (64, 128, 256, 512, 1024, 2048),
     "networks": 10_000,
     "seeds": 20,
-    "kernel_layers": (1, 2, 5, 10, 20, 50, 100, 200),
+    "kernel_layers": (1, 2, 4, 8, 16, 32, 64, 128),
     "counts": (5, 10, 20, 50, 100, 200),
     "n_train": 1000,
     "n_test": 1000,
@@ -77,7 +78,7 @@ class Settings(random_networks.Settings, DataSettings):
     steps: int = flag(16, "steps of their gradient descent", at_least=1)
     fitted: int = flag(48, "images that they are trained on", at_least=2)
     kernel_layers: tuple[int, ...] = flag(
-        (1, 2, 5, 10, 20, 50), "layers of infinitely wide residual networks", different=3
+        (1, 2, 4, 8, 16, 32), "layers of infinitely wide residual networks", different=3
     )
     counts: tuple[int, ...] = flag((5, 10, 20, 50), "numbers of inputs of the kernels", at_least=2)
     n_train: int = flag(200, "images that kernels are fitted to", at_least=10)
@@ -213,7 +214,7 @@ def measure_training(settings: Settings, workdir: Workdir, data: Dataset) -> dic
 
 def measure_layers(settings: Settings, workdir: Workdir, data: Dataset) -> dict[str, Any]:
     """Residual networks of so many layers against the ODE, infinitely wide and of one width."""
-    ode, x = settings.ode, data.x_train[: settings.inputs_count]
+    ode, x = settings.ode, data.x_train[:LAYER_INPUTS]
     limit = ode.kernels(x)
     errors = {
         count: [
@@ -228,17 +229,27 @@ def measure_layers(settings: Settings, workdir: Workdir, data: Dataset) -> dict[
     )["errors"]  # fmt: skip
     last = {count: finite[:, i] for i, count in enumerate(LAYERS)}
     last = {count: last[count] for count in LAYERS[-4:]}
-    layers = sorted(errors)[-3:]
     return {
         "kernel_errors": errors,
-        "kernel_slopes": {
-            get: report.fit_power_law(layers, [errors[count][i] for count in layers])
+        "kernel_exponents": {
+            get: limiting_exponent({count: pair[i] for count, pair in errors.items()})
             for i, get in enumerate(("nngp", "ntk"))
         },
         "counts": LAYERS,
         "network_errors": finite,
         "network_slope": report.fit_by_width(last),
     }
+
+
+def limiting_exponent(errors: Mapping[int, float]) -> float:
+    """The exponent that `(a/L)(1 + b/L + …)` tends to, from the three largest `L`.
+
+    Between two `L` the exponent is that of `1/L` up to a multiple of one over their mean.
+    """
+    counts = sorted(errors)[-3:]
+    x, y = np.log(counts), np.log([errors[count] for count in counts])
+    slopes, means = np.diff(y) / np.diff(x), np.exp((x[1:] + x[:-1]) / 2)
+    return float((slopes[1] * means[1] - slopes[0] * means[0]) / (means[1] - means[0]))
 
 
 def measure_definiteness(settings: Settings) -> dict[str, Any]:

@@ -56,6 +56,13 @@ def test_the_networks_that_are_drawn(promotion):
             assert errors["errors"][i, j] == pytest.approx(off / np.linalg.norm(limit), rel=1e-3)
 
 
+def test_the_exponent_that_errors_tend_to():
+    errors = {L: 3 / L * (1 + 0.7 / L) for L in (1, 4, 8, 16)}
+    assert neural_ode.limiting_exponent(errors) == pytest.approx(-1, abs=2e-3)
+    squares = {L: 3 / L**2 * (1 + 0.7 / L) for L in (4, 8, 16)}
+    assert neural_ode.limiting_exponent(squares) == pytest.approx(-2, abs=2e-3)
+
+
 @pytest.mark.slow
 def test_the_numbers_that_it_writes(tmp_path):
     found = launch(neural_ode, TINY, tmp_path)["measured"]
@@ -69,8 +76,8 @@ def test_the_numbers_that_it_writes(tmp_path):
     for of in found["training"]["losses"].values():
         np.testing.assert_allclose(of["network"][0], of["closed_form"][0], rtol=1e-6)
         assert np.mean(of["network"][1]) < np.mean(of["network"][0])
-    for slope in layers["kernel_slopes"].values():
-        assert slope["exponent"] == pytest.approx(-1, abs=0.15)
+    for exponent in layers["kernel_exponents"].values():
+        assert exponent == pytest.approx(-1, abs=0.05)
     assert layers["network_slope"]["exponent"] == pytest.approx(-1, abs=0.05)
     exceptions = [case["positive"] for case in found["definiteness"]["exceptions"].values()]
     assert exceptions == [False, False, True, True]

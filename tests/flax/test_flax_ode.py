@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax, random
+from marks import slow_except
 from scipy.integrate import solve_ivp
 from scipy.special import erf
 
@@ -90,7 +91,7 @@ def along(module, x=X, weights=1.0):
     return jax.jit(loss)
 
 
-@pytest.mark.parametrize("name", ADJOINTS)
+@pytest.mark.parametrize("name", slow_except(["default", "backsolve"], ADJOINTS))
 def test_gradients_are_those_of_finite_differences(x64, name):
     loss = along(with_adjoint(ADJOINTS[name]))
     difference = (loss(1e-4) - loss(-1e-4)) / 2e-4  # right to 1e-8
@@ -101,6 +102,7 @@ def test_gradients_are_those_of_finite_differences(x64, name):
         np.testing.assert_allclose(forward, gradient, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_forward_mode(x64):
     loss = along(ode(adjoint=diffrax.ForwardMode()))
     difference = (loss(1e-4) - loss(-1e-4)) / 2e-4
@@ -131,7 +133,7 @@ HUGE = X * np.array([1, 1e3, 1])[:, None]
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ["default", "checkpoint", "steps"])
+@pytest.mark.parametrize("name", slow_except(["default"], ["default", "checkpoint", "steps"]))
 def test_each_sample_fails_on_its_own(x64, name):
     """Values and derivatives of the others are what they are without it."""
     keys = {"phi": jnp.exp, "W_std": 0.2, "T": 0.5}
