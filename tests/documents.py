@@ -92,6 +92,7 @@ def _agree_but_for_numbers(said: str, expected: str) -> bool:
 
 def _check_finite(namespace: dict) -> None:
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     # Python's own names hold other things: __warningregistry__ is no tree.
@@ -99,7 +100,7 @@ def _check_finite(namespace: dict) -> None:
         if name.startswith("__"):
             continue
         for leaf in jax.tree.leaves(value):
-            if isinstance(leaf, jax.Array | np.ndarray) and np.issubdtype(leaf.dtype, np.inexact):
+            if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, np.inexact):
                 assert np.isfinite(leaf).all(), f"{name} is {leaf}"
 
 

@@ -49,7 +49,7 @@ FULL = {
     "networks": 10_000,
     "seeds": 20,
     "kernel_layers": (1, 2, 4, 8, 16, 32, 64, 128),
-    "counts": (5, 10, 20, 50, 100),
+    "counts": (5, 10, 20, 50),
     "n_train": 1000,
     "n_test": 1000,
 }
@@ -80,7 +80,7 @@ class Settings(random_networks.Settings, DataSettings):
     kernel_layers: tuple[int, ...] = flag(
         (1, 2, 4, 8, 16, 32), "layers of infinitely wide residual networks", different=3
     )
-    counts: tuple[int, ...] = flag((5, 10, 20), "numbers of inputs of the kernels", at_least=2)
+    counts: tuple[int, ...] = flag((5, 10), "numbers of inputs of the kernels", at_least=2)
     n_train: int = flag(200, "images that kernels are fitted to", at_least=10)
     n_test: int = flag(300, "test images", at_least=2)
 
