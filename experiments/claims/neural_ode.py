@@ -43,13 +43,13 @@ LAYERS = (1, 3, 10, 30, 100, 300, 1000)  # of the finite residual networks
 RESIDUAL_WIDTH = 512
 LAYER_INPUTS = 3
 GAUSSIAN_INPUTS, OUTPUTS = 3, 2  # of the test of joint normality
-ON_IMAGES = "erf"  # whose kernels of hundreds of inputs take seconds, where softplus takes minutes
+ON_MANY = "erf"  # whose kernels of hundreds of inputs take seconds, where softplus takes minutes
 FULL = {
     "widths": (64, 128, 256, 512, 1024, 2048),
     "networks": 10_000,
     "seeds": 20,
     "kernel_layers": (1, 2, 4, 8, 16, 32, 64, 128),
-    "counts": (5, 10, 20, 50),
+    "counts": (5, 10, 20, 50, 100, 200),
     "n_train": 1000,
     "n_test": 1000,
 }
@@ -60,7 +60,7 @@ class Settings(random_networks.Settings, DataSettings):
     """The flags."""
 
     W_std: float = flag(1.0, "standard deviation of the weights of the cell", above=0)
-    activation: str = flag("softplus", "φ, by name; on images it is erf")
+    activation: str = flag("softplus", "φ, by name; where there are many inputs it is erf")
     inputs_count: int = flag(5, "Gaussian inputs of 10 features", at_least=3)
     widths: tuple[int, ...] = flag(
         (64, 128, 256, 512, 1024), "widths of the networks", at_least=2, different=2
@@ -80,7 +80,7 @@ class Settings(random_networks.Settings, DataSettings):
     kernel_layers: tuple[int, ...] = flag(
         (1, 2, 4, 8, 16, 32), "layers of infinitely wide residual networks", different=3
     )
-    counts: tuple[int, ...] = flag((5, 10), "numbers of inputs of the kernels", at_least=2)
+    counts: tuple[int, ...] = flag((5, 10, 20), "numbers of inputs of the kernels", at_least=2)
     n_train: int = flag(200, "images that kernels are fitted to", at_least=10)
     n_test: int = flag(300, "test images", at_least=2)
 
@@ -160,7 +160,7 @@ def measure_process(settings: Settings, workdir: Workdir) -> dict[str, Any]:
 
 def measure_training(settings: Settings, workdir: Workdir, data: Dataset) -> dict[str, Any]:
     """Trains finite networks on images, beside the closed form from the same starts."""
-    ode = replace(settings.ode, activation=ON_IMAGES)
+    ode = replace(settings.ode, activation=ON_MANY)
     x, y = data.x_train[: settings.fitted], data.targets_train[: settings.fitted]
     x_all = np.concatenate([x, data.x_test[: settings.fitted]]).astype(np.float32)
     theta = np.asarray(ode.kernel_fn(jnp.asarray(x_all), None, "ntk"), np.float64)
@@ -265,13 +265,13 @@ def measure_definiteness(settings: Settings) -> dict[str, Any]:
             found[get] = {**value._asdict(), "positive": value.positive}
         return found
 
-    most = settings.ode.kernels(settings.inputs(max(settings.counts)))
-    ode, x = settings.ode, settings.inputs(4)
+    ode, x = replace(settings.ode, activation=ON_MANY), settings.inputs(4)
+    most = ode.kernels(settings.inputs(max(settings.counts)))
     more = settings.inputs(random_networks.FEATURES + 2)  # than features
     cases = {
         "erf on {x, −x}": ("erf", np.concatenate([x, -x])),
         "linear φ, more inputs than features": ("identity", more),
-        "softplus on {x, −x}": ("softplus", np.concatenate([x, -x])),
+        "gelu on {x, −x}": ("gelu", np.concatenate([x, -x])),
         "erf, more inputs than features": ("erf", more),
     }
     return {
@@ -335,10 +335,10 @@ def measure_images(settings: Settings, workdir: Workdir, data: Dataset) -> dict[
         return of
 
     def ode(T, get):
-        return kernel(Ode(settings.W_std, ON_IMAGES, T).kernel_fn, get)
+        return kernel(Ode(settings.W_std, ON_MANY, T).kernel_fn, get)
 
     def deq(W_std, get):
-        return kernel(Architecture(W_std, 1.0, 0.0, ON_IMAGES).kernel_fn(1), get)
+        return kernel(Architecture(W_std, 1.0, 0.0, ON_MANY).kernel_fn(1), get)
 
     families = {
         "neural ODE": (ode, TIMES[1:4]),

@@ -215,7 +215,8 @@ def write(settings: Settings, workdir: Workdir, found: dict[str, Any]) -> None:
         introduction="A network is `f = V φ(z(T))/√n` with `ż = W_std/√n · W φ(z)` from `z(0) = U "
         "x/√d` and one `W` for all times (Gao, Sun, Liu & Gao, arXiv 2509.22436). Relative "
         "distances are `‖A - B‖/‖B‖` in Frobenius norm. Kernels are computed in float64, those of "
-        "images in float32.",
+        "images in float32. Of networks that are trained, of smallest eigenvalues and of images φ "
+        "is erf.",
         caption="Above: finite networks; a point is a network, the line the fit with higher orders "
         "in 1/√n, and the numbers are slopes between neighbouring widths. Below: kernels.",
         settings=settings,
