@@ -24,9 +24,9 @@ from nt_deq.errors import InputError
 
 LAUNCHERS = (
     "covariance", "gaussianity", "limits", "spectrum", "phase", "generalization", "dynamics",
-    "compare", "neural_ode",
+    "compare",
 )  # fmt: skip
-ON_IMAGES = ("generalization", "dynamics", "compare", "neural_ode")
+ON_IMAGES = ("generalization", "dynamics", "compare")
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ LAYER_INPUTS = 3
 GAUSSIAN_INPUTS, OUTPUTS = 3, 2  # of the test of joint normality
 ON_MANY = "erf"  # whose kernels of hundreds of inputs take seconds, where softplus takes minutes
 FULL = {
+    "activation": "softplus",
     "widths": (64, 128, 256, 512, 1024, 2048),
     "networks": 10_000,
     "seeds": 20,
@@ -60,7 +61,7 @@ class Settings(random_networks.Settings, DataSettings):
     """The flags."""
 
     W_std: float = flag(1.0, "standard deviation of the weights of the cell", above=0)
-    activation: str = flag("softplus", "φ, by name; where there are many inputs it is erf")
+    activation: str = flag("erf", "φ, by name; where there are many inputs it is erf")
     inputs_count: int = flag(5, "Gaussian inputs of 10 features", at_least=3)
     widths: tuple[int, ...] = flag(
         (64, 128, 256, 512, 1024), "widths of the networks", at_least=2, different=2
