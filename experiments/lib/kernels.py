@@ -1,18 +1,21 @@
-"""Kernel matrices as float64 arrays, and regression with them, tuned on a part of the data.
+"""Kernel matrices as float64 arrays, regression with them, tuned on a part of the data, and SVMs.
 
 They are computed tile by tile, so that two matrices of `n × n` are all that is held.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
+from sklearn.svm import SVC
 
 from nt_deq import enable_x64, nt
 from experiments.lib.networks import Architecture
@@ -24,6 +27,7 @@ Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 TILE = 512  # inputs: tiles all have this size, so that a kernel is compiled once
 NONE = 1e-10  # added to the diagonal, relative to its mean, where nothing should be
 REGULARISATION = (NONE, 0.01, 0.1, 0.3, 1.0, 3.0)
+SVM_STEPS = 10**7  # where LIBSVM itself ends
 VALIDATION = 0.2  # of the training data, its last rows
 MODES = ("tuned", "interpolating")
 
@@ -49,9 +53,10 @@ def tiled(tile: Callable[[Any, Any], Any]) -> Kernel:
     return kernel
 
 
-@partial(jax.jit, static_argnames="get")  # of W_std: all share a program
-def _deq_tile(x1, x2, W_std, get):
-    return Architecture(W_std, 1.0, 0.0, "relu").kernel_fn(1)(x1, x2, get)
+# Of W_std and U_std: all share a program. ReLU without a bias has a faster one of its own.
+@partial(jax.jit, static_argnames=("b_std", "activation", "get"))
+def _deq_tile(x1, x2, W_std, U_std, b_std, activation, get):
+    return Architecture(W_std, U_std, b_std, activation).kernel_fn(1)(x1, x2, get)
 
 
 @partial(jax.jit, static_argnames=("depth", "get"))
@@ -60,9 +65,12 @@ def _explicit_tile(x1, x2, depth, get):
     return nt.stax.serial(*layers, nt.stax.Dense(1))[2](x1, x2, get)
 
 
-def deq(get: str, W_std: float) -> Kernel:
-    """The NNGP kernel or the NTK of an infinitely wide ReLU DEQ."""
-    return tiled(partial(_deq_tile, W_std=W_std, get=get))
+def deq(
+    get: str, W_std: float, U_std: float = 1.0, b_std: float = 0.0, activation: str = "relu"
+) -> Kernel:
+    """The NNGP kernel or the NTK of an infinitely wide DEQ and its readout."""
+    options = {"W_std": W_std, "U_std": U_std, "b_std": b_std, "activation": activation}
+    return tiled(partial(_deq_tile, get=get, **options))
 
 
 def explicit(get: str, depth: float) -> Kernel:
@@ -70,9 +78,58 @@ def explicit(get: str, depth: float) -> Kernel:
     return tiled(partial(_explicit_tile, depth=int(depth), get=get))
 
 
+def _to_few_sizes(x: np.ndarray) -> np.ndarray:
+    """Adds features of zeros, so that programs are compiled for few sizes; keeps `x·x'/d`."""
+    d = x.shape[1]
+    size = max(8, 1 << (d - 1).bit_length())
+    return np.pad(x, ((0, 0), (0, size - d))) * (size / d) ** 0.5
+
+
+def of_few_sizes(kernel: Kernel) -> Kernel:
+    """The same kernel of `x·x'/d`, compiled for few numbers of features."""
+
+    def padded(x1, x2):
+        padded1 = _to_few_sizes(x1)
+        return kernel(padded1, padded1 if x1 is x2 else _to_few_sizes(x2))
+
+    return padded
+
+
 def rbf(gamma: float) -> Kernel:
     """`exp(-γ ‖x - x'‖²/d)`."""
     return lambda x1, x2: rbf_kernel(x1, x2, gamma=gamma / x1.shape[1])
+
+
+def svm_accuracies(
+    kernel: np.ndarray, y: np.ndarray, train: Any, test: Any, costs: Sequence[float]
+) -> list[float]:
+    """Fits support vector machines to some rows and tests them on others.
+
+    One-versus-one where there are several classes; training rows of one class predict that one.
+
+    Args:
+      kernel: of all rows, `(n, n)`.
+      y: labels, `(n,)`.
+      train: rows to fit to, as indices or `(n,)` of bool.
+      test: rows to test on.
+      costs: values of `C` for the kernel as it is, increasing.
+
+    Returns:
+      The accuracy for each of the costs.
+    """
+    if len(np.unique(y[train])) == 1:
+        return [float(np.mean(y[test] == y[train][0]))] * len(costs)
+    fitted, to_train = kernel[np.ix_(train, train)], kernel[np.ix_(test, train)]
+    found: list[float] = []
+    for cost in costs:
+        machine = SVC(kernel="precomputed", C=cost, max_iter=SVM_STEPS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            machine.fit(fitted, y[train])
+        found.append(float(machine.score(to_train, y[test])))
+        if np.abs(machine.dual_coef_).max() < cost:  # no bound is reached: a larger one changes
+            break  # nothing
+    return found + found[-1:] * (len(costs) - len(found))
 
 
 def fit(kernel: np.ndarray, y: np.ndarray, regularisation: float) -> KernelRidge:

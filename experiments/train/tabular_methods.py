@@ -13,7 +13,6 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV, ParameterGrid, StratifiedKFold
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
 
 from experiments.lib import kernels
 from experiments.lib.kernels import Kernel
@@ -41,40 +40,20 @@ class Outcome(NamedTuple):
     chosen: str
 
 
-def _to_few_sizes(x: np.ndarray) -> np.ndarray:
-    """Adds features of zeros, so that programs are compiled for few sizes; keeps `x·x'/d`."""
-    d = x.shape[1]
-    size = max(8, 1 << (d - 1).bit_length())
-    return np.pad(x, ((0, 0), (0, size - d))) * (size / d) ** 0.5
-
-
-def _of_few_sizes(kernel: Kernel) -> Kernel:
-    def padded(x1, x2):
-        padded1 = _to_few_sizes(x1)
-        return kernel(padded1, padded1 if x1 is x2 else _to_few_sizes(x2))
-
-    return padded
-
-
 def deep(get: str, W_std: float) -> Kernel:
     """The NNGP kernel or the NTK of an infinitely deep ReLU network."""
-    return _of_few_sizes(kernels.deq(get, W_std))
+    return kernels.of_few_sizes(kernels.deq(get, W_std))
 
 
 def explicit(depth: int) -> Kernel:
     """The NTK of a ReLU network with `depth` hidden layers and He's variances."""
-    return _of_few_sizes(kernels.explicit("ntk", depth))
+    return kernels.of_few_sizes(kernels.explicit("ntk", depth))
 
 
 def inner_folds(y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The split of training data by which hyper-parameters are chosen, the same for all methods."""
     folds = StratifiedKFold(INNER_FOLDS, shuffle=True, random_state=seed)
     return list(folds.split(np.zeros(len(y)), y))
-
-
-def _accuracy(kernel, y, train, test, cost: float) -> float:
-    machine = SVC(kernel="precomputed", C=cost).fit(kernel[np.ix_(train, train)], y[train])
-    return float(machine.score(kernel[np.ix_(test, train)], y[test]))
 
 
 def support_vectors(
@@ -87,12 +66,13 @@ def support_vectors(
     for value in values:
         kernel = family(value)(x, x)
         kernel /= np.mean(np.diag(kernel)[train])
-        for cost in costs:
-            validation = float(np.mean([_accuracy(kernel, y, a, b, cost) for a, b in folds]))
+        paths = [kernels.svm_accuracies(kernel, y, a, b, costs) for a, b in folds]
+        for cost, validation in zip(costs, np.mean(paths, axis=0), strict=True):
             if validation > best[0]:
-                best = validation, kernel, cost, _shown(grid, {parameter: value, "C": cost})
+                best = float(validation), kernel, cost, _shown(grid, {parameter: value, "C": cost})
     validation, kernel, cost, chosen = best
-    return Outcome(_accuracy(kernel, y, train, test, cost), validation, chosen)
+    (accuracy,) = kernels.svm_accuracies(kernel, y, train, test, [cost])
+    return Outcome(accuracy, validation, chosen)
 
 
 def forest(grid: Grid, x, y, train, test, seed: int) -> Outcome:

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scikit_posthocs
-from scipy import stats
 
-from experiments.lib import report
+from experiments.lib import ranks, report
 from experiments.lib.workdir import Arrays, Workdir
 
 MARGIN = 0.01  # of mean accuracy, within which kernels are about as good
@@ -19,48 +17,6 @@ PUBLISHED_NTK = "81.95 %"
 PUBLISHED = {"random forest": "81.56 %", "RBF SVM": "81.03 %", "MLP": "80.88 %"}
 
 Found = Mapping[str, Mapping[str, Arrays]]
-
-
-def mean_ranks(accuracy: pd.DataFrame) -> pd.Series:
-    """The mean rank of each method: 1 is the best, and ties share their ranks."""
-    ranks: Any = accuracy.rank(axis=1, ascending=False).mean()
-    return ranks
-
-
-def friedman(accuracy: pd.DataFrame) -> dict[str, float]:
-    """The statistic and the p-value of the hypothesis that all methods are equally good.
-
-    That of Iman and Davenport (1980), of which Friedman's own is a conservative form, without a
-    correction for ties (Demšar 2006, JMLR 7, section 3.2.2).
-    """
-    N, k = accuracy.shape
-    ranks = np.sum(mean_ranks(accuracy) ** 2)
-    chi_square = 12 * N / (k * (k + 1)) * (ranks - k * (k + 1) ** 2 / 4)
-    F = float((N - 1) * chi_square / max(N * (k - 1) - chi_square, 1e-9))
-    return {"F": F, "p_value": float(stats.f.sf(F, k - 1, (k - 1) * (N - 1)))}
-
-
-def nemenyi(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """p-values of Nemenyi's test that two methods are equally good."""
-    p_values = scikit_posthocs.posthoc_nemenyi_friedman(accuracy.to_numpy())
-    return p_values.set_axis(accuracy.columns).set_axis(accuracy.columns, axis=1)
-
-
-def summarise(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """The measures of Arora et al. (2020) of each method, a row.
-
-    `P90` and `P95` are the fractions of data sets with 90 % and 95 % of the best method's accuracy
-    or more, and `PMA` the mean percentage of it.
-    """
-    of_best = accuracy.div(accuracy.max(axis=1), axis=0)
-    measures = {
-        "mean_rank": mean_ranks(accuracy),
-        "mean_accuracy": accuracy.mean(),
-        "P90": (of_best >= 0.9).mean(),
-        "P95": (of_best >= 0.95).mean(),
-        "PMA": of_best.mean(),
-    }
-    return pd.DataFrame(measures)
 
 
 def write(
@@ -81,7 +37,11 @@ def write(
     """
     means = {k: {m: a["accuracy"].mean() for m, a in of.items()} for k, of in found.items()}
     accuracy = pd.DataFrame(means).T.loc[list(found)]
-    summary, test, p_values = summarise(accuracy), friedman(accuracy), nemenyi(accuracy)
+    summary, test, p_values = (
+        ranks.summarise(accuracy),
+        ranks.friedman(accuracy),
+        ranks.nemenyi(accuracy),
+    )
     table = pd.DataFrame(sizes).T.join(accuracy)
     workdir.write_text("results.csv", table.to_csv(index_label="data set", float_format="%.6f"))
     report.write_claims(
@@ -131,16 +91,14 @@ def _introduction(max_n: int, count: int, left_out: Mapping[str, int], test: Any
 
 
 def _claims(accuracy: Any, summary: Any, p_values: Any) -> Iterator[report.Claim]:
-    gain = accuracy["DEQ-NTK"] - accuracy["NTK, depth 1–5"]
-    mean = float(gain.mean())
-    margin = float(stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain))
+    mean, low, high = ranks.mean_gain(accuracy, "DEQ-NTK", "NTK, depth 1–5")
     deep = summary.loc["DEQ-NTK"]
     yield report.Claim(
         "On small tables the NTK of infinite depth is about as good as that of the best of 1 to 5 "
         "hidden layers.",
-        f"Its accuracy is {mean:+.2%} on average, with 95 % confidence {mean - margin:+.2%} to "
-        f"{mean + margin:+.2%}; it must be above {-MARGIN:.0%}.",
-        mean - margin > -MARGIN,
+        f"Its accuracy is {mean:+.2%} on average, with 95 % confidence {low:+.2%} to "
+        f"{high:+.2%}; it must be above {-MARGIN:.0%}.",
+        low > -MARGIN,
     )
     for other, published in PUBLISHED.items():
         measured, p_value = summary.loc[other], p_values.loc["DEQ-NTK", other]
@@ -179,27 +137,7 @@ def _sections(table: Any, summary: Any, found: Found) -> dict[str, str]:
 
 def _draw(plt: Any, accuracy: Any, p_values: pd.DataFrame) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.6), width_ratios=(1.1, 1))
-    scikit_posthocs.critical_difference_diagram(
-        mean_ranks(accuracy),
-        p_values,
-        ax=left,
-        label_fmt_left="{label}  {rank:.2f}",
-        label_fmt_right="{rank:.2f}  {label}",
-    )
+    ranks.draw_ranks(left, accuracy, p_values)
     left.set_title(f"Mean rank of accuracy on {len(accuracy)} data sets (1 is the best)")
-    others = accuracy.columns.drop("DEQ-NTK")[::-1]
-    for row, method in enumerate(others):
-        gain = 100 * (accuracy["DEQ-NTK"] - accuracy[method])
-        y = row + np.linspace(-0.2, 0.2, len(gain))
-        right.plot(gain, y, "o", color=report.BLUE, ms=4.5, alpha=0.6, mew=0)
-        right.vlines(gain.mean(), row - 0.35, row + 0.35, color=report.RED, lw=2.5)
-        right.text(
-            1.01, row, f"better on {(gain > 0).sum()}, worse on {(gain < 0).sum()}", va="center",
-            transform=right.get_yaxis_transform(), fontsize=9,
-        )  # fmt: skip
-    right.axvline(0, color=report.BLACK, lw=1)
-    right.set_yticks(range(len(others)), [f"against {method}" for method in others])
-    right.grid(axis="y", visible=False)
-    right.set_xlabel("accuracy of the DEQ's NTK less that of the other, percentage points")
-    right.set_title("DEQ-NTK against each other method: right of 0 it is better")
+    ranks.draw_gains(right, accuracy, "DEQ-NTK")
     return figure

