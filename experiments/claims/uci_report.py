@@ -95,9 +95,10 @@ def _introduction(done: int, count: int, max_n: int, by_way: Mapping[str, Any]) 
         "none.\n\n"
         "The NTK is theirs: 1 to 5 layers, the first 0 to 4 of them not trained, 15 kernels. The "
         "DEQ has 15 too: ReLU without and with a bias (b_std 0, 1; W_std .3 to 1.3) and erf (W_std "
-        ".8, U_std .25 to 4). The RBF kernel has 13, exp(-γ ‖x - x'‖²), γ from 2⁻¹⁶ to 2⁸. Each "
-        "has 7 values of C, 10⁻² to 10⁴. A forest has 500 trees, and 2, 4, 6 or 8 features to "
-        "split by.\n\n"
+        ".8, U_std .25 to 4). So has the neural ODE: ReLU, W_std 1, T .25 to 4, with the input as "
+        "the first state, without and with a leak, or added all the time. The RBF kernel has 13, "
+        "exp(-γ ‖x - x'‖²), γ from 2⁻¹⁶ to 2⁸. Each has 7 values of C, 10⁻² to 10⁴. A forest has "
+        "500 trees, and 2, 4, 6 or 8 features to split by.\n\n"
         f"Friedman's test that all are equally good: {tests}."
     )
 
@@ -144,7 +145,7 @@ def _sections(
     header = ("method", "hyper-parameters", "mean rank", "mean accuracy", "P90", "P95", "PMA")
     table = table.astype(dict.fromkeys(table.columns[:3], int))
     shown = table[[*table.columns[:3], *(c for c in table if str(c).endswith(WAYS[0]))]]
-    shown = shown.rename(columns=lambda name: name.removesuffix(f", {WAYS[0]}"))
+    shown.columns = [str(name).removesuffix(f", {WAYS[0]}") for name in shown]
     shown[shown.columns[3:]] = shown[shown.columns[3:]].map("{:.2%}".format)
     return {
         "Methods": "P90 and P95: data sets with at least 90 % and 95 % of the best method's "

@@ -122,7 +122,7 @@ def svm_accuracies(
     fitted, to_train = kernel[np.ix_(train, train)], kernel[np.ix_(test, train)]
     found: list[float] = []
     for cost in costs:
-        machine = SVC(kernel="precomputed", C=cost, max_iter=SVM_STEPS)
+        machine: Any = SVC(kernel="precomputed", C=cost, max_iter=SVM_STEPS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             machine.fit(fitted, y[train])

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from launching import launch
+from marks import slow_except
 from sklearn.svm import SVC
 
-from nt_deq import enable_x64, nt
+from nt_deq import enable_x64, nt, stax
 from experiments.claims import uci, uci_methods
 from experiments.claims.uci_methods import METHODS, Method
 from experiments.lib import kernels
@@ -53,7 +54,7 @@ def data_file(tmp_path):
 def small(monkeypatch):
     """Less to choose from; infinitely deep kernels have tests of their own."""
     few = uci_methods.support_vectors(uci_methods.explicit_ntk, METHODS["NTK"].shapes[:3])
-    for name in ("NTK", "DEQ-NTK", "DEQ-NNGP"):
+    for name in ("NTK", "DEQ-NTK", "DEQ-NNGP", "ODE-NTK"):
         monkeypatch.setitem(METHODS, name, few)
     rbf = uci_methods.support_vectors(uci_methods.rbf_kernel, [{"gamma": 0.1}, {"gamma": 10.0}])
     monkeypatch.setitem(METHODS, "RBF", rbf)
@@ -70,8 +71,9 @@ def test_the_explicit_kernel_is_that_of_neural_tangents(depth, fixed):
         if fixed:  # the network so far is given, and its last layer the first that is trained
             below: Any = nt.stax.serial(*layers[: 2 * fixed])[2](x, None)
             kernel = dense[2](below.replace(ntk=0 * below.ntk))
-        rest = layers[2 * fixed + 1 :]
-        wanted = np.asarray((nt.stax.serial(*rest)[2](kernel) if rest else kernel).ntk)
+        if rest := layers[2 * fixed + 1 :]:
+            kernel = nt.stax.serial(*rest)[2](kernel)
+        wanted = np.asarray(kernel.ntk)
     # The arc cosine of neural-tangents loses half of the digits where an input meets itself.
     found = uci_methods.explicit_ntk(x, depth, fixed)
     np.testing.assert_allclose(found, 3 * wanted, rtol=1e-7, atol=1e-12)
@@ -85,9 +87,21 @@ def test_a_deep_kernel_is_as_large_as_an_explicit_one(get):
     np.testing.assert_allclose(found, 3 * (ntk if get == "ntk" else nngp), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", slow_except([{}], [{}, {"leak": 1.0, "inject_always": True}]))
+def test_the_series_of_the_neural_ode(options):
+    x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    x[5] = -2 * x[4]
+    cell = stax.serial(stax.Relu(), stax.Dense(1, 1.0))
+    ode = stax.NeuralODE(cell, stax.Dense(1), T=2.0, **options)
+    wanted = stax.serial(ode, stax.Relu(), stax.Dense(1))[2](x, None, "ntk")
+    found = uci_methods.ode(x.astype(np.float64), T=2.0, **options)
+    largest = np.diag(found).max()
+    np.testing.assert_allclose(found / 3, wanted, rtol=0, atol=2e-5 * largest / 3)
+
+
 def test_what_there_is_to_choose_from():
     shapes = {name: len(method.shapes) for name, method in METHODS.items()}
-    assert shapes["NTK"] == shapes["DEQ-NTK"] == shapes["DEQ-NNGP"] == 15
+    assert shapes["NTK"] == shapes["DEQ-NTK"] == shapes["DEQ-NNGP"] == shapes["ODE-NTK"] == 15
     for name, method in METHODS.items():
         assert len({str(shape) for shape in method.shapes}) == shapes[name]
     assert METHODS["NTK"].costs == (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
@@ -164,7 +178,7 @@ def test_the_launcher(small, uci_report, data_file, tmp_path, monkeypatch):
     calls = []
 
     def counted(method, of, measure=uci.measure):
-        if len(calls) == 12:
+        if len(calls) == 14:
             calls.append("killed")
             raise KeyboardInterrupt
         calls.append(of.name)
@@ -179,10 +193,10 @@ def test_the_launcher(small, uci_report, data_file, tmp_path, monkeypatch):
     ]  # fmt: skip
     monkeypatch.setattr(uci, "REPORT_EVERY", 300.0)
     numbers = launch(uci, settings, tmp_path / "out")
-    assert calls == [*["table-30"] * 5, *["table-36"] * 5, *["table-40"] * 2, "killed",
-                     *["table-40"] * 3]  # fmt: skip
+    assert calls == [*["table-30"] * 6, *["table-36"] * 6, *["table-40"] * 2, "killed",
+                     *["table-40"] * 4]  # fmt: skip
     assert numbers["sizes"]["table-36"] == [36, 2, 3]
-    assert len(numbers["claims"]) == 3 + 2 * 4
+    assert len(numbers["claims"]) == 3 + 2 * 5
     page = (tmp_path / "out/report.md").read_text()
     assert "3 of the 3 data sets of at most 250 rows are finished." in page
     with open(tmp_path / "out/results.csv", newline="") as stream:
@@ -216,9 +230,7 @@ def test_errors(data_file, tmp_path):
         uci.Settings(methods="NTK")
     with pytest.raises(InputError, match="--max_n=30: 1 data sets have so few rows"):
         uci.load(str(data_file), 30, None)
-    with pytest.raises(
-        InputError, match=r"'iris' is not in .*, which has table-40, table-30, tabl"
-    ):
+    with pytest.raises(InputError, match=r"'iris' is not in .*, which has table-40, table-30"):
         uci.load(str(data_file), 50, "iris,table-40")
     with pytest.raises(InputError, match=r"nowhere\.npz cannot be read"):
         uci.load(str(tmp_path / "nowhere.npz"), 50, None)
