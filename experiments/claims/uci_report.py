@@ -53,9 +53,8 @@ def write(
     }
     summaries = {way: ranks.summarise(accuracy) for way, accuracy in by_way.items()}
     p_values = {way: ranks.nemenyi(accuracy) for way, accuracy in by_way.items()}
-    table = pd.DataFrame(sizes).T.loc[list(done)]
-    for way, accuracy in by_way.items():
-        table = table.join(accuracy.add_suffix(f", {way}"))
+    size = pd.DataFrame(sizes).T.loc[list(done)]
+    table = size.join([of.add_suffix(f", {way}") for way, of in by_way.items()])
     workdir.write_text("results.csv", table.to_csv(index_label="data set", float_format="%.6f"))
     report.write_claims(
         workdir,
@@ -75,7 +74,7 @@ def write(
             "nemenyi": {way: of.to_numpy() for way, of in p_values.items()},
             "measured": done,
         },
-        sections=_sections(table, summaries, done),
+        sections=_sections(size.join(by_way[WAYS[0]].map("{:.2%}".format)), summaries, done),
         draw=lambda plt: _draw(plt, by_way, p_values),
     )
 
@@ -131,7 +130,7 @@ def _claims(by_way: Mapping[str, Any], summaries: Mapping[str, Any]) -> Iterator
 
 
 def _sections(
-    table: pd.DataFrame, summaries: Mapping[str, pd.DataFrame], done: Found
+    accuracy: pd.DataFrame, summaries: Mapping[str, pd.DataFrame], done: Found
 ) -> dict[str, str]:
     rows = []
     for way, summary in summaries.items():
@@ -143,17 +142,13 @@ def _sections(
             [method, f"published, {COUNT} data sets", "", *(f"{of:.2%}" for of in measures)]
         )
     header = ("method", "hyper-parameters", "mean rank", "mean accuracy", "P90", "P95", "PMA")
-    table = table.astype(dict.fromkeys(table.columns[:3], int))
-    shown = table[[*table.columns[:3], *(c for c in table if str(c).endswith(WAYS[0]))]]
-    shown.columns = [str(name).removesuffix(f", {WAYS[0]}") for name in shown]
-    shown[shown.columns[3:]] = shown[shown.columns[3:]].map("{:.2%}".format)
     return {
         "Methods": "P90 and P95: data sets with at least 90 % and 95 % of the best method's "
         "accuracy; PMA: percentage of it, on average. The best is that of the methods here, way by "
         "way; of the published rows it is that of the 179 classifiers of Fernández-Delgado et al., "
         "so that these three columns of theirs are lower.\n\n"
         + report.table(header, rows, align="llrrrrr"),
-        "Accuracy": f"Hyper-parameters {WAYS[0]}.\n\n" + report.frame(shown, "data set"),
+        "Accuracy": f"Hyper-parameters {WAYS[0]}.\n\n" + report.frame(accuracy, "data set"),
         "What was chosen": f"Hyper-parameters {WAYS[0]}, without C.\n\n"
         + report.table(("method", "chosen (data sets)"), _chosen(done), align="ll"),
     }
