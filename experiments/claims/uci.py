@@ -20,11 +20,13 @@ import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from experiments.claims.uci_methods import METHODS, TREES, Method
-from experiments.lib import launch
+from experiments.claims import uci_methods
+from experiments.claims.uci_methods import METHODS, Method
+from experiments.lib import kernels, launch
 from experiments.lib.launch import flag
 from experiments.lib.workdir import Arrays, Workdir
 from nt_deq._progress import progress_bar
@@ -175,20 +177,26 @@ def measure(method: Method, table: Table) -> Arrays:
     return {"accuracy": accuracy, "chosen": chosen}
 
 
+def part_inputs(table: Table, name: str) -> dict[str, Any]:
+    """All that the part of a data set and a method depends on."""
+    method = METHODS[name]
+    return {
+        "table": vars(table), "method": name, "shapes": method.shapes, "costs": method.costs,
+        "steps": kernels.SVM_STEPS, "trees": uci_methods.TREES,
+        "scikit-learn": importlib.metadata.version("scikit-learn"),
+    }  # fmt: skip
+
+
 def kept(table: Table, name: str, workdir: Workdir) -> Arrays:
     """What `measure` returns of the method, and its `seconds`, from an earlier run or now."""
-    method = METHODS[name]
 
     def compute():
         start = time.perf_counter()
-        found = measure(method, table)
+        found = measure(METHODS[name], table)
         return {**found, "seconds": np.asarray(time.perf_counter() - start)}
 
-    inputs = {
-        "table": vars(table), "method": name, "shapes": method.shapes, "costs": method.costs,
-        "trees": TREES, "scikit-learn": importlib.metadata.version("scikit-learn"),
-    }  # fmt: skip
-    return workdir.part(f"{table.name}-{name.replace(' ', '-')}", inputs, compute)
+    part = f"{table.name}-{name.replace(' ', '-')}"
+    return workdir.part(part, part_inputs(table, name), compute)
 
 
 def main(settings: Settings, workdir: Workdir) -> None:
