@@ -15,6 +15,8 @@ from scipy import stats
 
 from experiments.lib.report import BLACK, BLUE, RED
 
+MARGIN = 0.01  # of mean accuracy, within which methods are about as good
+
 
 def mean_ranks(accuracy: pd.DataFrame) -> pd.Series:
     """The mean rank of each method: 1 is the best, and ties share their ranks."""
@@ -64,6 +66,11 @@ def mean_gain(accuracy: pd.DataFrame, method: str, other: str) -> tuple[float, f
     mean = float(gain.mean())
     margin = float(stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain))
     return mean, mean - margin, mean + margin
+
+
+def about_as_good(low: float, high: float) -> bool | None:
+    """Whether a mean gain in an interval is more than `-MARGIN`; `None` if that cannot be told."""
+    return True if low > -MARGIN else False if high < -MARGIN else None
 
 
 def draw_ranks(ax: Any, accuracy: pd.DataFrame, p_values: pd.DataFrame) -> None:

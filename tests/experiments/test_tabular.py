@@ -65,6 +65,16 @@ def test_measures(ranks):
     assert found["mean_accuracy"][2] == pytest.approx(0.755)
 
 
+def test_what_is_about_as_good(ranks):
+    accuracy = ranks.pd.DataFrame({"a": [0.5, 0.7, 0.9], "b": [0.49, 0.70, 0.86]})
+    mean, low, high = ranks.mean_gain(accuracy, "a", "b")
+    interval = stats.ttest_rel(accuracy["a"], accuracy["b"]).confidence_interval(0.95)
+    np.testing.assert_allclose([mean, low, high], [0.05 / 3, *interval])
+    assert ranks.about_as_good(-0.009, 0.02) is True
+    assert ranks.about_as_good(-0.03, -0.011) is False
+    assert ranks.about_as_good(-0.03, 0.02) is None
+
+
 @pytest.mark.parametrize("d", slow_except([13], [8, 13]))
 def test_kernels_do_not_depend_on_added_features(d):
     x = np.random.default_rng(0).standard_normal((7, d))
