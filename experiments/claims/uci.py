@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import sys
 import time
 import zipfile
 from collections.abc import Mapping
@@ -33,7 +32,12 @@ from nt_deq._progress import progress_bar
 from nt_deq.errors import InputError
 
 SPLITS = 4
-ARRAYS = ("X", "y", "validation", "test")
+LAYOUT = {
+    "X": "finite numbers (n, d)",
+    "y": "integers (n,)",
+    "validation": "bool (n,)",
+    "test": f"bool ({SPLITS}, n)",
+}
 REPORT_EVERY = 300.0  # seconds
 FULL = {"max_n": 5000}
 
@@ -113,8 +117,15 @@ def load(path: str, max_n: int, datasets: str | None) -> list[Table]:
             raise InputError(
                 f"--datasets: {name!r} is not in {path}, which has {', '.join(names)}."
             )
-    tables = [_table(path, name, arrays) for name in wanted]
-    tables = [table for table in tables if len(table.y) <= max_n]
+    tables = []
+    for name in wanted:
+        table = _table(path, name, arrays)
+        if len(table.y) <= max_n:
+            tables.append(table)
+        elif datasets:
+            raise InputError(
+                f"--max_n={max_n} is too small for --datasets: {name!r} has {len(table.y)} rows."
+            )
     if len(tables) < 2:
         raise InputError(
             f"--max_n={max_n}: {len(tables)} data sets have so few rows, and ranks need 2."
@@ -123,28 +134,32 @@ def load(path: str, max_n: int, datasets: str | None) -> list[Table]:
 
 
 def _table(path: str, name: str, arrays: Mapping[str, np.ndarray]) -> Table:
-    if missing := [kind for kind in ARRAYS if f"{name}/{kind}" not in arrays]:
+    if missing := [kind for kind in LAYOUT if f"{name}/{kind}" not in arrays]:
         raise InputError(
             f"--data_file={path} has no array {name}/{missing[0]}, which it must have."
         )
-    x, y, validation, test = (arrays[f"{name}/{kind}"] for kind in ARRAYS)
-    shapes = {
-        "X": x.ndim == 2,
-        "y": y.shape == x.shape[:1],
-        "validation": validation.shape == y.shape,
+    x, y, validation, test = (arrays[f"{name}/{kind}"] for kind in LAYOUT)
+    right = {
+        "X": x.ndim == 2 and np.isfinite(x).all(),
+        "y": y.shape == x.shape[:1] and y.dtype.kind in "iu",
+        "validation": validation.shape == y.shape and validation.dtype == bool,
+        "test": test.shape == (SPLITS, *y.shape) and test.dtype == bool,
     }
-    shapes["test"] = test.shape == (SPLITS, *y.shape)
-    for kind, right in shapes.items():
-        if not right:
+    for kind, is_right in right.items():
+        if not is_right:
+            given = arrays[f"{name}/{kind}"]
             raise InputError(
-                f"--data_file={path}: {name}/{kind} has shape {arrays[f'{name}/{kind}'].shape}; it "
-                f"must be (n, d) for X, (n,) for y and validation, ({SPLITS}, n) for test."
+                f"--data_file={path}: {name}/{kind} has shape {given.shape} and dtype "
+                f"{given.dtype}; it must be {LAYOUT[kind]}."
             )
-    if not np.isfinite(x).all():
-        raise InputError(f"--data_file={path}: {name}/X must be finite.")
-    return Table(
-        name, x.astype(np.float64), y.astype(int), validation.astype(bool), test.astype(bool)
-    )
+    if not all(
+        (~test & half).any(1).all() and test.any(1).all() for half in (validation, ~validation)
+    ):
+        raise InputError(
+            f"--data_file={path}: {name} has a split without test rows, or one outside of whose "
+            "test rows a half has none; it needs more rows."
+        )
+    return Table(name, x.astype(np.float64), y.astype(int), validation, test)
 
 
 def measure(method: Method, table: Table) -> Arrays:
@@ -221,7 +236,6 @@ def main(settings: Settings, workdir: Workdir) -> None:
                 uci_report.write(settings, sizes, found, workdir)
                 reported = time.monotonic()
     uci_report.write(settings, sizes, found, workdir)
-    print(f"{len(tables)} data sets.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def table(n=40, classes=3, seed=0):
 def data_file(tmp_path):
     arrays = {}
     for of in (table(40), table(30, 2, 1), table(36, 3, 2)):
-        for kind, array in zip(uci.ARRAYS, (of.x, of.y, of.validation, of.test), strict=True):
+        for kind, array in zip(uci.LAYOUT, (of.x, of.y, of.validation, of.test), strict=True):
             arrays[f"{of.name}/{kind}"] = array
     np.savez(tmp_path / "tables.npz", **arrays)
     return tmp_path / "tables.npz"
@@ -232,6 +232,8 @@ def test_errors(data_file, tmp_path):
         uci.load(str(data_file), 30, None)
     with pytest.raises(InputError, match=r"'iris' is not in .*, which has table-40, table-30"):
         uci.load(str(data_file), 50, "iris,table-40")
+    with pytest.raises(InputError, match=r"--max_n=39 is too small for .* 'table-40' has 40 rows"):
+        uci.load(str(data_file), 39, "table-30,table-40")
     with pytest.raises(InputError, match=r"nowhere\.npz cannot be read"):
         uci.load(str(tmp_path / "nowhere.npz"), 50, None)
     with np.load(data_file) as file:
@@ -245,10 +247,16 @@ def test_errors(data_file, tmp_path):
 
     with pytest.raises(InputError, match="no array table-40/test, which it must have"):
         wrong(test=None)
-    with pytest.raises(InputError, match=r"table-40/test has shape \(3, 40\); it must be"):
+    with pytest.raises(InputError, match=r"40/test has shape \(3, 40\) .* must be bool \(4, n\)"):
         wrong(test=arrays["table-40/test"][:3])
-    with pytest.raises(InputError, match="table-40/X must be finite"):
+    with pytest.raises(InputError, match=r"40/y has shape \(40,\) and dtype float64; it must be i"):
+        wrong(y=arrays["table-40/y"] + 0.5)
+    with pytest.raises(InputError, match=r"table-40/X has .*must be finite numbers \(n, d\)"):
         wrong(X=arrays["table-40/X"] * np.nan)
+    with pytest.raises(InputError, match="table-40 has a split without test rows, or one outside"):
+        wrong(test=arrays["table-40/test"] | arrays["table-40/validation"])
+    with pytest.raises(InputError, match="table-40 has a split without test rows, or one outside"):
+        wrong(test=np.zeros((4, 40), bool))
 
 
 @pytest.mark.skipif(UCI is None, reason="NT_DEQ_UCI does not name a file of the 90 data sets")
