@@ -24,9 +24,9 @@ from nt_deq.errors import InputError
 
 LAUNCHERS = (
     "covariance", "gaussianity", "limits", "spectrum", "phase", "generalization", "dynamics",
-    "compare",
+    "compare", "neural_ode",
 )  # fmt: skip
-ON_IMAGES = ("generalization", "dynamics", "compare")
+ON_IMAGES = ("generalization", "dynamics", "compare", "neural_ode")
 
 
 @dataclass(frozen=True)

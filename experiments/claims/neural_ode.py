@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nt_deq import enable_x64, theory
+from nt_deq import deq_kernel, enable_x64, theory
 from experiments.claims import neural_ode_report
 from experiments.lib import infinite, kernels, launch, odes, random_networks, report, training
 from experiments.lib.data import Dataset, DataSettings, load
@@ -45,7 +45,6 @@ LAYER_INPUTS = 3
 GAUSSIAN_INPUTS, OUTPUTS = 3, 2  # of the test of joint normality
 ON_MANY = "erf"  # whose kernels of hundreds of inputs take seconds, where softplus takes minutes
 FULL = {
-    "activation": "softplus",
     "widths": (64, 128, 256, 512, 1024, 2048),
     "networks": 10_000,
     "seeds": 20,
@@ -288,10 +287,15 @@ def measure_definiteness(settings: Settings) -> dict[str, Any]:
     }
 
 
-def measure_ties(settings: Settings, mean_covariance: np.ndarray) -> dict[str, Any]:
+def measure_ties(settings: Settings, workdir: Workdir) -> dict[str, Any]:
     """How far kernels of tied and of untied weights are apart, and which one networks have."""
     x = settings.inputs(settings.inputs_count)
     apart, dual = {}, get_activation(settings.activation).dual
+    last = replace(settings.ode, T=TIMES[-1])  # where they are far apart
+    drawn = _drawn(
+        settings, workdir, "tied", odes.sample, settings.networks // 10,
+        x=x, ode=last, width=settings.mean_width, outputs=OUTPUTS,
+    )  # fmt: skip
     with enable_x64(True):
 
         def untied(T):
@@ -304,10 +308,18 @@ def measure_ties(settings: Settings, mean_covariance: np.ndarray) -> dict[str, A
                 float(np.sqrt(relative_error(np.asarray(b), a)))
                 for a, b in zip(tied, untied(T), strict=True)
             ]
-        kernel = untied(settings.ode.T)[0]
+        kernel = untied(last.T)[0]
         k = jnp.diagonal(kernel)
         other = np.asarray(dual(k[:, None], k[None, :], kernel)[0])
-    return {"apart": apart, "mean_error_to_untied": relative_error(mean_covariance, other)}
+    mean, own = drawn["covariances"].mean(0), last.kernels(x)[0]
+    return {
+        "apart": apart,
+        "T": last.T,
+        "networks_used": len(drawn["covariances"]),
+        "error_to_tied": relative_error(mean, own),
+        "error_to_untied": relative_error(mean, other),
+        "chance_error": chance_error(drawn["covariances"], own),
+    }
 
 
 def measure_equilibrium(settings: Settings) -> dict[str, Any]:
@@ -321,7 +333,14 @@ def measure_equilibrium(settings: Settings) -> dict[str, Any]:
             float(np.sqrt(relative_error(k, of)))
             for k, of in zip(ode.kernels(x), limit, strict=True)
         ]
-    return {"errors": errors}
+    with enable_x64(True):
+        found = deq_kernel(x, W_std=settings.W_std, activation=settings.activation)
+        slopes = get_activation(settings.activation).dual_diagonal(jnp.diagonal(found.nngp))[1]
+    rate = settings.W_std**2 * float(slopes.max())
+    (before, earlier), (after, later) = list(errors.items())[-2:]
+    fall = np.log(np.divide(earlier, later)) / (after - before)
+    # A disturbance of (∂t + 1)(∂s + 1) C = J C + S decays as exp(-(1 - √J)(t + s)).
+    return {"errors": errors, "rates": fall, "expected_rate": 2 * (1 - rate**0.5)}
 
 
 def measure_images(settings: Settings, workdir: Workdir, data: Dataset) -> dict[str, Any]:
@@ -376,7 +395,7 @@ def main(settings: Settings, workdir: Workdir) -> None:
         "training": measure_training(settings, workdir, data),
         "layers": measure_layers(settings, workdir, data),
         "definiteness": measure_definiteness(settings),
-        "ties": measure_ties(settings, process["mean_covariance"]),
+        "ties": measure_ties(settings, workdir),
         "equilibrium": measure_equilibrium(settings),
         "images": measure_images(settings, workdir, data),
         "images_tested": len(data.y_test),

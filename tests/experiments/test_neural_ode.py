@@ -82,7 +82,7 @@ def test_the_numbers_that_it_writes(tmp_path):
     assert layers["network_slope"]["exponent"] == pytest.approx(-1, abs=0.05)
     exceptions = [case["positive"] for case in found["definiteness"]["exceptions"].values()]
     assert exceptions == [False, False, True, True]
-    assert found["ties"]["mean_error_to_untied"] > 3 * process["mean_error"]
+    assert found["ties"]["error_to_untied"] > 3 * found["ties"]["error_to_tied"]
     errors = np.array(list(found["equilibrium"]["errors"].values()))
     assert (errors[-1] < 1e-2 * errors[0]).all()
     assert all(0 <= of["error"] < 0.8 for of in found["images"].values())
