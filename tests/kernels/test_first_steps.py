@@ -21,7 +21,8 @@ def solve(activation, variance, rate, rho):
     k1, k2 = variance, jnp.roll(variance, 1)
     J1, J2 = (activation.dual_diagonal(k)[1] for k in (k1, k2))
     W_var, scale = rate / jnp.maximum(J1, J2), jnp.sqrt(k1) * jnp.sqrt(k2)
-    pair, bounds = partial(_pair_map, activation), Bounds(-scale, scale)
+    pair = partial(_pair_map, activation.between(k1, k2))
+    bounds = Bounds(-scale, scale)
     # So much is injected that the largest covariance has a root there.
     injected = (scale - W_var * activation.dual(k1, k2, scale)[0]) * rho
     args = (W_var, injected, k1, k2)
