@@ -146,7 +146,6 @@ def measure_process(settings: Settings, workdir: Workdir) -> dict[str, Any]:
         "covariance_leading": fit_leading_power(errors),
         "covariance_slopes": local_slopes(errors),
         "networks_used": len(many["covariances"]),
-        "mean_covariance": many["covariances"].mean(0),
         "mean_error": relative_error(many["covariances"].mean(0), nngp),
         "chance_error": chance_error(many["covariances"], nngp),
         "skewness": joint.skewness._asdict(),

@@ -21,7 +21,7 @@ from jax import Array, lax
 from nt_deq import enable_x64, stax
 from nt_deq.activations import get_activation
 from nt_deq.flax import Dense, NeuralODE, functional
-from nt_deq.typing import LayerKernelFn
+from nt_deq.typing import Layer, LayerKernelFn
 
 # Of derivatives: steps of float32's tolerance are about a dozen.
 _ADJOINT = {"adjoint": diffrax.RecursiveCheckpointAdjoint(checkpoints=16), "max_steps": 256}
@@ -44,19 +44,14 @@ class Ode:
         return {name: getattr(self, name) for name in names}
 
     @property
-    def state_kernel(self) -> LayerKernelFn:
-        """The kernels of `z(T)` of the infinitely wide network."""
-        phi = stax.Nonlinearity(self.activation)
-        cell = stax.serial(phi, stax.Dense(1, self.W_std))
-        return stax.NeuralODE(cell, stax.Dense(1), **self._dynamics)[2]
+    def _state(self) -> Layer:
+        cell = stax.serial(stax.Nonlinearity(self.activation), stax.Dense(1, self.W_std))
+        return stax.NeuralODE(cell, stax.Dense(1), **self._dynamics)
 
     @property
     def kernel_fn(self) -> LayerKernelFn:
-        """Those of `f`."""
-        phi = stax.Nonlinearity(self.activation)
-        cell = stax.serial(phi, stax.Dense(1, self.W_std))
-        layer = stax.NeuralODE(cell, stax.Dense(1), **self._dynamics)
-        return stax.serial(layer, phi, stax.Dense(1))[2]
+        """The kernels of `f` of the infinitely wide network."""
+        return stax.serial(self._state, stax.Nonlinearity(self.activation), stax.Dense(1))[2]
 
     def kernels(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The NNGP kernel and the NTK of `f`, float64, `(m, m)` each."""
@@ -64,7 +59,7 @@ class Ode:
 
     def state_kernels(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Those of `z(T)`."""
-        return _both(self.state_kernel, x)
+        return _both(self._state[2], x)
 
     def layer(self, in_features: int, width: int, rngs: nnx.Rngs, **options: Any) -> NeuralODE:
         """Its layer, finitely wide; `options` are those of `nt_deq.flax.NeuralODE`."""
