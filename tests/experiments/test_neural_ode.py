@@ -13,7 +13,7 @@ from experiments.lib.odes import Ode
 from nt_deq.flax import to_stax
 
 TINY = neural_ode.Settings(
-    activation="erf", inputs_count=3, widths=(16, 128), seeds=4, mean_width=64, networks=60,
+    activation="erf", inputs_count=3, widths=(16, 128), seeds=4, mean_width=64, networks=240,
     ntk_widths=(16, 128), trained_widths=(16, 128), trained_seeds=3, steps=3, fitted=8,
     kernel_layers=(4, 8, 16), counts=(3, 6), n_train=40, n_test=30,
 )  # fmt: skip
